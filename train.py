@@ -1,0 +1,663 @@
+"""One loop for every model, from a laptop's CPU to many GPUs.
+
+    python train.py --model racedit --tiny                          a laptop, minutes, no download
+    python train.py --model dit --tiny --data fashion-mnist         real pictures
+    python train.py --model dydit --tiny --init runs/dit/last.pt    fine-tune a dense DiT
+    python train.py --model ditmoe --size XL/2 --dry-run            only count
+    torchrun --nproc-per-node 8 train.py --model ditmoe --size XL/2 --data latents/ --fsdp
+
+Read main(): batch, loss, backward, step, EMA, print. What a paper trains differently is a function of
+its own file, called here when it is there: loss(), param_groups(), from_dense(), update_buffers().
+Of the aux that a model returns, "*_loss" is added to the loss, "*_stat" goes to update_buffers().
+
+Every random number is keyed by (seed, step, what for) and by the picture's place in the global batch
+(diffusion.Draw). So a run that was killed and resumed, or spread over more processes, sees the same
+pictures, times and noise as one that was not, and there is no random state to save."""
+
+import argparse
+import ctypes
+import importlib
+import json
+import math
+import os
+import signal
+import sys
+import time
+import zipfile
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, fields, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
+    set_optimizer_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.utils.checkpoint import checkpoint
+
+from data import load as load_data
+from diffusion import DDPM, Draw, RectifiedFlow, keyed
+
+MODELS = ("dit", "ditmoe", "racedit", "dydit", "dtr")
+FORMAT = 1                                          # of the checkpoint file
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)        # one file, however many GPUs
+
+TINY = dict(steps=1400, batch=64, lr=1e-3, warmup=100, ema=0.995, clip=1.0,
+            save_every=250, log_every=50, sample_every=500)             # a laptop, minutes
+PAPER = dict(steps=400_000, batch=256, lr=1e-4, warmup=0, ema=0.9999, clip=0.0,
+             save_every=5000, log_every=100, sample_every=0)            # DiT's recipe
+
+
+class Refusal(Exception):
+    """Something that the user can mend: one line on stderr, exit code 2."""
+
+
+def main(args):
+    rank, world, device = join(args.device)
+    torch.set_float32_matmul_precision("high")      # TF32 on GPUs that have it
+    if device.type == "cpu":
+        keep_memory()
+    module = importlib.import_module(args.model)
+    saved = read_checkpoint(args.out / "last.pt") if args.resume and args.out_exists else None
+    dense = read_checkpoint(args.init) if args.init and not saved else None
+    path = make_path(args, saved or dense).to(device)
+    data = open_data(args, saved or dense)
+    cfg = make_config(args, module, path, data, saved or dense)
+    if saved:
+        check_same_run(args, saved, module, cfg, path, data)
+
+    model, ema = make_models(args, module, cfg, dense, device)
+    net = wrap(args, model, device)                 # compiled, DDP: the same weights inside
+    optimizers = make_optimizers(args, module, model, path, device)
+    start, sums = restore(saved, model, ema, optimizers, path) if saved else (0, {})
+    bf16 = wants_bf16(args.amp, device)
+    report = Report(args, rank, world, start, sums)
+    report.say(describe(args.model, module, model, path, data, device, bf16, world))
+    loss_of = getattr(module, "loss", default_loss)
+    fetch = partial(get_batches, args, data, model.cfg, rank, world)
+    reader, stop = ThreadPoolExecutor(1), Stop(world)
+    ahead = reader.submit(fetch, start)
+
+    for step in range(start, args.steps):
+        batches, ahead = ahead.result(), reader.submit(fetch, step + 1)     # read ahead of the GPU
+        stats = defaultdict(float)
+        for x0, y, draw in batches:                                         # more than 1: --accum
+            x0, y = x0.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            sync_when(net, draw is batches[-1][2])                          # processes: once a step
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                loss, aux = loss_of(path, net, x0, y, step, draw.to(device))
+            extra = {k: v for k, v in aux.items() if k.endswith("_loss")}
+            ((loss + sum(extra.values())) / len(batches)).backward()
+            report.add(dict(loss=loss, **extra), len(batches))
+            for k in (k for k in aux if k.endswith("_stat")):
+                stats[k] = stats[k] + aux[k].detach() / len(batches)
+
+        norm = clip_gradients(args.clip, model, path, world)
+        if norm.isfinite():                         # else: a broken batch must not break the weights
+            for optimizer, peaks in optimizers:
+                for group, peak in zip(optimizer.param_groups, peaks):
+                    group["lr"] = peak * min(1.0, (step + 1) / (args.warmup + 1))
+                optimizer.step()
+            if hasattr(model, "update_buffers"):
+                model.update_buffers(average(stats, world))
+            update_ema(ema, model, min(args.ema, (1 + step) / (10 + step)))
+        for optimizer, _ in optimizers:
+            optimizer.zero_grad()
+
+        done = step + 1
+        report.step(done, norm)
+        halt = stop.asked(done)
+        if done % args.save_every == 0 or done == args.steps or halt:
+            save(args, rank, path, data, model, ema, optimizers, done, report.sums)
+        if args.sample_every and (done % args.sample_every == 0 or done == args.steps):
+            report.picture(ema, path, data, done)
+        if halt:
+            break
+    reader.shutdown(cancel_futures=True)
+    report.end(start, halt if start < args.steps else False)
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    return 130 if start < args.steps and halt else 0
+
+
+def default_loss(path, model, x0, y, step, draw):
+    per_picture, aux = path.loss(model, x0, y, *path.draw(x0, draw))
+    return per_picture.mean(), aux
+
+
+def get_batches(args, data, cfg, rank, world, step):
+    """The pictures of this process at this step: [(x0, y, draw), ...], one entry per --accum."""
+    ids = order(len(data), args.seed, step * args.batch, (step + 1) * args.batch)
+    mine = torch.arange(args.batch).chunk(world)[rank]
+    batches = []
+    for rows in mine.chunk(args.accum):
+        draw = Draw(args.seed, step, args.batch, rows)
+        x0, y = data.batch(ids[rows], draw)
+        forget = draw.uniform("forget") < args.drop
+        batches.append((x0, torch.where(forget, cfg.classes, y), draw))     # guidance needs "no class"
+    return batches
+
+
+def order(n, seed, start, stop):
+    """Positions start..stop of an endless row of shuffles of 0..n-1, each seeded by its epoch."""
+    ids = [torch.randperm(n, generator=keyed(seed, "epoch", e)) for e in
+           range(start // n, (stop - 1) // n + 1)]
+    return torch.cat(ids)[start % n:][: stop - start]
+
+
+# ------------------------------------------------------------------------ what is trained
+
+
+def make_path(args, before):
+    """The diffusion. A checkpoint to go on from decides what the command line leaves open."""
+    was = before["path"] if before else {"kind": "rf", "options": {}}
+    kind = args.path or was["kind"]
+    if before and kind != was["kind"]:
+        raise Refusal(f"--path {kind}, but {args.init or args.out / 'last.pt'} was trained with {was['kind']}")
+    names = ("times",) if kind == "rf" else ("schedule", "weighting", "gamma", "clusters")
+    given = {k: v for k, v in vars(args).items() if v is not None and
+             k in ("times", "schedule", "weighting", "gamma", "clusters")}
+    for k in given:
+        if k not in names:
+            raise Refusal(f"--{k} belongs to --path {'ddpm' if kind == 'rf' else 'rf'}, not to {kind}"
+                          + (": the weightings divide by the signal-to-noise ratio of a network that "
+                             "predicts noise; a flow weighs times by how often --times draws them"
+                             if k == "weighting" else ""))
+    return {"rf": RectifiedFlow, "ddpm": DDPM}[kind](**(was["options"] | given))
+
+
+def open_data(args, before):
+    """--data, or what the checkpoint to go on from was trained on, or digits."""
+    was = before["data"] if before and not args.data else {}
+    return load_data(args.data or was.get("source", "digits"), "train",
+                     args.latent_kind or was.get("latent_kind"), args.image_size or was.get("size"))
+
+
+def make_config(args, module, path, data, before):
+    """TINY or a paper's size, fitted to the data; then what a checkpoint fixes; then --set."""
+    cfg = module.TINY if args.tiny else module.size(args.size)
+    if data:
+        cfg = replace(cfg, size=data.size, channels=data.channels, classes=data.classes)
+    cfg = replace(cfg, learn_sigma=path.kind == "ddpm")
+    known = {f.name: f for f in fields(cfg)}
+    if before:
+        keep = known if before["name"] == args.model else set(known) & {
+            "size", "patch", "channels", "classes", "dim", "depth", "heads", "learn_sigma", "time_scale"}
+        cfg = replace(cfg, **{k: v for k, v in before["config"].items() if k in keep})
+        for name in ("size", "channels", "classes"):
+            if data and getattr(cfg, name) != getattr(data, name):
+                raise Refusal(f"{name} of {data.source} is {getattr(data, name)}, but the checkpoint "
+                              f"was trained with {getattr(cfg, name)}")
+    cfg = replace(cfg, **{k: v for k, v in (parse_setting(s, known) for s in args.set)})
+    for whole, part in (("dim", "heads"), ("size", "patch")):
+        if getattr(cfg, part) < 1 or getattr(cfg, whole) % getattr(cfg, part):
+            raise Refusal(f"{whole} {getattr(cfg, whole)} cannot be cut into {part} {getattr(cfg, part)}")
+    if cfg.dim % 4 or cfg.depth < 1:
+        raise Refusal(f"dim {cfg.dim} must be a multiple of 4 and depth {cfg.depth} at least 1")
+    return cfg
+
+
+def parse_setting(text, known):
+    """key=value of --set -> (key, value), typed as the Config field is."""
+    key, equals, value = text.partition("=")
+    if key not in known or not equals:
+        raise Refusal(f"--set {text}: write key=value, key one of {', '.join(known)}")
+    kind = type(known[key].default)
+    try:
+        if kind is bool:
+            return key, {"true": True, "false": False, "1": True, "0": False}[value.lower()]
+        return key, kind(value)
+    except (KeyError, ValueError):
+        raise Refusal(f"--set {text}: {key} is a {kind.__name__}") from None
+
+
+def make_models(args, module, cfg, dense, device):
+    """The model and its moving average, from the same weights on every process."""
+    torch.manual_seed(args.seed)
+    try:
+        model = module.from_dense(dense["ema"], cfg) if dense and hasattr(module, "from_dense") else \
+            module.Model(cfg)
+    except (RuntimeError, ValueError) as e:
+        raise Refusal(f"{args.model}: {str(e).splitlines()[0]}") from None
+    if dense and not hasattr(module, "from_dense"):
+        load_exactly(model, dense["ema"], args)
+    model = model.to(device).train()
+    ema = module.Model(model.cfg).to(device).eval().requires_grad_(False)
+    ema.load_state_dict(model.state_dict())
+    if args.fsdp:
+        shard(model, device, args.amp), shard(ema, device, args.amp)
+    if args.checkpointing:                          # forget activations, compute them again
+        for block in model.blocks:
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    return model, ema
+
+
+def load_exactly(model, state, args):
+    wrong = set(state) ^ set(model.state_dict())
+    if wrong:
+        raise Refusal(f"--init {args.init}: {args.model} cannot start from it ({sorted(wrong)[0]} and "
+                      f"{len(wrong) - 1} more tensors do not match)")
+    model.load_state_dict(state)
+
+
+def shard(model, device, amp):
+    """FSDP2: every process keeps a slice of each tensor. Weights travel in bf16, gradients in float32;
+    inputs are left alone, since bf16 would round t = 0.999 to 1."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy()
+    if wants_bf16(amp, device):
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+    routers = [m for b in model.blocks for m in b.modules() if getattr(m, "full_precision", False)]
+    for part in routers:                            # routing stays in float32
+        fully_shard(part, mesh=mesh)
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+
+
+def wrap(args, model, device):
+    net = torch.compile(model) if args.compile else model
+    if dist.is_initialized() and not args.fsdp:
+        net = DDP(net, broadcast_buffers=False)     # buffers are averaged, see average()
+    return net
+
+
+def sync_when(net, now):
+    for holder, name in ((net, "require_backward_grad_sync"), (net, "set_requires_gradient_sync")):
+        if isinstance(holder, DDP) and name == "require_backward_grad_sync":
+            holder.require_backward_grad_sync = now
+        elif hasattr(holder, name) and callable(getattr(holder, name)):
+            getattr(holder, name)(now)
+
+
+def make_optimizers(args, module, model, path, device):
+    """[(optimizer, its peak learning rates)]: the model's, and the path's if its weights are learned."""
+    groups = module.param_groups(model, args.lr) if hasattr(module, "param_groups") else \
+        [dict(params=[p for p in model.parameters() if p.requires_grad])]
+    fused = device.type in ("cpu", "cuda")
+    made = [torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=fused)]
+    if list(path.parameters()):
+        made.append(torch.optim.AdamW(path.param_groups(), fused=fused))
+    return [(o, [g["lr"] for g in o.param_groups]) for o in made]
+
+
+def clip_gradients(limit, model, path, world):
+    """-> norm of all gradients. A limit of 0 only measures."""
+    for p in path.parameters():                     # small, not inside DDP: averaged here
+        if world > 1:
+            dist.all_reduce(p.grad)
+            p.grad /= world
+    norm = nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def average(stats, world):
+    for v in stats.values():
+        if world > 1:
+            dist.all_reduce(v)
+            v /= world
+    return stats
+
+
+@torch.no_grad()
+def update_ema(ema, model, decay):
+    """Weights: a moving average, short at first. Buffers (Race-DiT's tau) are copied."""
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+    for mine, theirs in zip(ema.buffers(), model.buffers()):
+        mine.copy_(theirs)
+
+
+# ------------------------------------------------------------------------ machines
+
+
+def join(wanted):
+    """-> rank, world, device. torchrun sets RANK; alone we are rank 0 of 1."""
+    name = wanted or ("cuda" if torch.cuda.is_available() else
+                      "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise Refusal(f"--device {wanted}: not available on this machine") from None
+    if "RANK" not in os.environ:
+        return 0, 1, device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def wants_bf16(amp, device):
+    """--amp auto: bf16 where the hardware multiplies it. Measured on a CPU with avx512_bf16: a step
+    takes 0.4-0.5 of its float32 time; on a CPU without, bf16 is emulated and slower."""
+    if amp != "auto":
+        return amp == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    has = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
+
+
+def keep_memory():
+    """Linux gives large blocks back to the kernel at every free() and fetches them zeroed at the next
+    malloc(). A training step asks for the same blocks again and again: keeping them saves a tenth."""
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 1 << 30)    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+    except (OSError, AttributeError):
+        pass                                        # another libc: nothing to do
+
+
+class Stop:
+    """Ctrl-C or SIGTERM: finish the step, save, leave. A second Ctrl-C leaves at once."""
+
+    def __init__(self, world):
+        self.world, self.flag = world, False
+        for s in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(s, self.ask)
+
+    def ask(self, *_):
+        if self.flag:
+            raise KeyboardInterrupt
+        self.flag = True
+
+    def asked(self, step):
+        if self.world == 1 or step % 10:            # processes agree every 10 steps
+            return self.flag and self.world == 1
+        flag = torch.tensor(float(self.flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+
+# ------------------------------------------------------------------------ checkpoints
+
+
+def save(args, rank, path, data, model, ema, optimizers, step, sums):
+    """One file of plain types. Under FSDP all processes must come here: the weights are gathered."""
+    file = args.out / "last.pt"
+    content = dict(
+        format=FORMAT, name=args.model, config=asdict(model.cfg), step=step,
+        model=get_model_state_dict(model, options=WHOLE), ema=get_model_state_dict(ema, options=WHOLE),
+        optimizer=get_optimizer_state_dict(model, optimizers[0][0], options=WHOLE),
+        path=dict(kind=path.kind, options=path.options, weights=path.state_dict(),
+                  optimizer=[o.state_dict() for o, _ in optimizers[1:]]),
+        data=dict(source=data.source, names=list(data.names), latent=data.latent,
+                  latent_kind=args.latent_kind, size=args.image_size), sums=sums,
+        recipe={k: vars(args)[k] for k in RECIPE})
+    if rank == 0:
+        write_checkpoint(file, content)
+
+
+RECIPE = ("seed", "batch", "lr", "warmup", "ema", "clip", "drop")       # what a resumed run must share
+
+
+def write_checkpoint(file, content):
+    """Never half a file: write beside it, flush to the disk, then rename."""
+    beside = file.with_name(file.name + ".tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(beside, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, file)
+    except (OSError, RuntimeError) as e:            # torch.save wraps a full disk in RuntimeError
+        beside.unlink(missing_ok=True)
+        raise Refusal(f"cannot write {file} ({str(e).splitlines()[0]}); what was there before is "
+                      "untouched") from None
+
+
+def read_checkpoint(file):
+    """A checkpoint of this program, or a Refusal. weights_only: a file cannot run code."""
+    try:
+        with zipfile.ZipFile(file) as z:
+            if z.testzip():                         # torch.load does not look at checksums
+                raise ValueError("damaged")
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if content["format"] != FORMAT:
+            raise Refusal(f"{file} has checkpoint format {content['format']}, this program reads {FORMAT}")
+        content["model"], content["ema"], content["config"], content["path"]["kind"]
+        if content["name"] not in MODELS:
+            raise ValueError("unknown model")
+    except FileNotFoundError:
+        raise Refusal(f"{file}: no such file") from None
+    except Refusal:
+        raise
+    except Exception as e:
+        raise Refusal(f"{file} is not a checkpoint of train.py, or damaged ({type(e).__name__})") from None
+    return content
+
+
+def check_same_run(args, saved, module, cfg, path, data):
+    """--resume continues a run; it does not turn it into another."""
+    theirs = dict(saved["config"], model=saved["name"], data=saved["data"]["source"],
+                  **saved["path"]["options"], **saved["recipe"])
+    ours = dict(asdict(cfg), model=args.model, data=data.source, **path.options,
+                **{k: vars(args)[k] for k in RECIPE})
+    for k in theirs:
+        if ours.get(k, theirs[k]) != theirs[k]:
+            raise Refusal(f"--resume: {k} was {theirs[k]}, now {ours[k]}; use the old value or another --out")
+
+
+def restore(saved, model, ema, optimizers, path):
+    set_model_state_dict(model, saved["model"], options=WHOLE)
+    set_model_state_dict(ema, saved["ema"], options=WHOLE)
+    set_optimizer_state_dict(model, optimizers[0][0], saved["optimizer"], options=WHOLE)
+    path.load_state_dict(saved["path"]["weights"])
+    for (o, _), state in zip(optimizers[1:], saved["path"]["optimizer"]):
+        o.load_state_dict(state)
+    return saved["step"], saved["sums"]
+
+
+# ------------------------------------------------------------------------ what one sees
+
+
+def describe(name, module, model, path, data, device, bf16, world):
+    total = sum(p.numel() for p in model.parameters())
+    counts = module.cost(model.cfg)
+    return (f"{name}: parameters {total:,} total {total - counts['idle parameters']:,} activated, "
+            f"{counts['GMAC']:.4g} GMAC per picture\n{data.describe()}\n"
+            f"{path.kind} {path.options}, {device.type} x {world}, {'bf16' if bf16 else 'float32'}")
+
+
+class Report:
+    """Progress on the terminal, the same numbers in metrics.jsonl, sample grids in samples/."""
+
+    def __init__(self, args, rank, world, start, sums):
+        self.args, self.rank, self.world = args, rank, world
+        self.sums = {k: v.double() for k, v in sums.items()}        # since the last line, kept on resume
+        self.began, self.since = time.time(), start
+        self.file = args.out / "metrics.jsonl"
+        if rank == 0 and self.file.exists():                        # forget what the checkpoint did not see
+            lines = [l for l in self.file.read_text().splitlines(True) if step_of(l) <= start]
+            self.file.write_text("".join(lines))
+
+    def say(self, text, end="\n"):
+        if self.rank == 0:
+            print(text, end=end, flush=True)
+
+    def add(self, numbers, parts):
+        for k, v in numbers.items():
+            v = v.detach().double() if v.device.type != "mps" else v.detach()
+            self.sums[k] = self.sums.get(k, 0) + v / parts
+
+    def step(self, step, norm):
+        if not norm.isfinite():
+            self.sums["skipped"] = self.sums.get("skipped", 0) + torch.ones((), dtype=torch.float64)
+        every = self.args.log_every
+        if step % every and step != self.args.steps:
+            return
+        steps = step % every or every
+        mean = {k: v.item() / steps for k, v in average(self.sums, self.world).items()}
+        self.sums = {}
+        speed = (step - self.since) * self.args.batch / (time.time() - self.began)
+        left = (self.args.steps - step) * self.args.batch / speed
+        line = dict(step=step, **mean, grad_norm=norm.item(), images_per_s=round(speed, 1))
+        if self.rank == 0:
+            with open(self.file, "a") as f:
+                f.write(json.dumps(line) + "\n")
+        losses = "  ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in mean.items())
+        text = f"step {step}/{self.args.steps}  {losses}  {speed:.0f} img/s  {clock(left)} left"
+        self.say(f"\r{text}\033[K" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() else "\n")
+
+    def picture(self, ema, path, data, step):
+        """The same noise and classes each time, so that one sees the same pictures get better."""
+        from sample import generate, write_grid
+        classes = max(ema.cfg.classes, 1)
+        labels = torch.arange(10).repeat(4) % classes
+        if not data.latent:
+            x = generate(ema, path, labels, seed=self.args.seed)
+            if self.rank == 0:
+                write_grid(self.args.out / "samples" / f"step_{step:07d}.png", x, columns=10)
+
+    def end(self, start, halted):
+        self.say("\n" if sys.stdout.isatty() else "", end="")
+        last = self.args.out / "last.pt"
+        if start >= self.args.steps:
+            self.say(f"{last} is already at step {start}: nothing to do (--steps N goes further)")
+        elif halted:
+            self.say(f"stopped and saved; the same command with --resume goes on from {last}")
+        else:
+            self.say(f"saved {last} after {clock(time.time() - self.began)}; now: python sample.py {last}")
+
+
+def step_of(line):
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf                                             # a line cut in the middle
+
+
+def clock(seconds):
+    m, s = divmod(int(seconds), 60)
+    return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
+
+
+def dry_run(args, module, cfg):
+    """Count on the meta device: nothing is allocated, 16 billion parameters take a second."""
+    with torch.device("meta"):
+        model = module.Model(cfg)
+    counts = module.cost(cfg)
+    total = sum(p.numel() for p in model.parameters())
+    print(f"parameters {total:,} total {total - counts['idle parameters']:,} activated")
+    for name, value in counts.items():
+        if name.startswith("GMAC"):
+            print(f"{value:.2f} {name} per picture")
+
+
+# ------------------------------------------------------------------------ command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise Refusal(message)
+
+
+def number(kind, low, high=math.inf):
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a{'n int' if kind is int else ' number'}")
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+        return value
+    return parse
+
+
+def parse_args(argv):
+    p = Parser(prog="train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    count, real = number(int, 1), number(float, 0)
+    p.add_argument("--model", required=True, choices=MODELS)
+    p.add_argument("--tiny", action="store_true", help="a laptop: small model, short recipe")
+    p.add_argument("--size", help="a paper's size: S/2, B/2, ... XL/2")
+    p.add_argument("--data", help="digits | mnist | fashion-mnist | cifar10 | a folder (default: digits)")
+    p.add_argument("--latent-kind", help="layout of a folder of latents, when it does not tell itself")
+    p.add_argument("--image-size", type=count, help="side to which a folder of pictures is cut")
+    p.add_argument("--path", choices=("rf", "ddpm"), help="rectified flow (default) or DDPM")
+    p.add_argument("--times", choices=("uniform", "logit-normal"), help="rf: how training draws t")
+    p.add_argument("--schedule", choices=("linear", "cosine"), help="ddpm: noise schedule")
+    p.add_argument("--weighting", choices=("none", "min-snr", "p2", "ant-uw"), help="ddpm: loss weights")
+    p.add_argument("--gamma", type=real, help="of min-snr (5) and p2 (1)")
+    p.add_argument("--clusters", type=count, help="of ant-uw (8)")
+    p.add_argument("--steps", type=count)
+    p.add_argument("--batch", type=count, help="pictures per step, over all processes")
+    p.add_argument("--lr", type=real)
+    p.add_argument("--warmup", type=number(int, 0), help="steps until the full learning rate")
+    p.add_argument("--ema", type=number(float, 0, 1), help="decay of the averaged weights")
+    p.add_argument("--clip", type=real, help="largest gradient norm, 0: none")
+    p.add_argument("--drop", type=number(float, 0, 1), default=0.1, help="share of labels forgotten")
+    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--out", type=Path, help="folder (default: runs/MODEL)")
+    p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, if it is there")
+    p.add_argument("--init", type=Path, help="start from the weights of this dense checkpoint")
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                   help="any field of the model's Config")
+    p.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto")
+    p.add_argument("--compile", action="store_true")
+    p.add_argument("--accum", type=count, default=1, help="forwards per step")
+    p.add_argument("--fsdp", action="store_true", help="shard weights over the processes of torchrun")
+    p.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
+    p.add_argument("--save-every", type=count)
+    p.add_argument("--log-every", type=count)
+    p.add_argument("--sample-every", type=number(int, 0), help="0: never")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    p.add_argument("--dry-run", action="store_true", help="count parameters and GMACs, then exit")
+    args = p.parse_args(argv)
+    if args.tiny == bool(args.size):
+        raise Refusal("say --tiny or --size S/2 (one of them)")
+    for name, value in (TINY if args.tiny else PAPER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.out = args.out or Path("runs") / args.model
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch % (world * args.accum):
+        raise Refusal(f"--batch {args.batch} does not divide into {world} processes x --accum {args.accum}")
+    if args.fsdp and "RANK" not in os.environ:
+        raise Refusal("--fsdp needs torchrun")
+    return args
+
+
+def prepare_out(args):
+    """Make the folder; a new run moves an older one aside instead of writing over it."""
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        probe = args.out / ".write"
+        probe.touch(), probe.unlink()
+        args.out_exists = (args.out / "last.pt").exists()
+        if args.out_exists and not args.resume and int(os.environ.get("RANK", 0)) == 0:
+            for name in ("last.pt", "metrics.jsonl"):
+                if (args.out / name).exists():
+                    os.replace(args.out / name, args.out / f"previous_{name}")
+            print(f"an earlier run in {args.out} was kept as previous_last.pt", flush=True)
+    except OSError as e:
+        raise Refusal(f"--out {args.out}: {e.strerror}") from None
+
+
+def cli(argv):
+    """The command line -> exit code: 0, 2 with one line on stderr, 130 when stopped."""
+    try:
+        args = parse_args(argv)
+        module = importlib.import_module(args.model)
+        if args.dry_run:
+            data = open_data(args, None) if args.data else None
+            dry_run(args, module, make_config(args, module, make_path(args, None), data, None))
+            return 0
+        prepare_out(args)
+        return main(args)
+    except (Refusal, ValueError, OSError) as e:
+        print(f"train.py: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv[1:]))
