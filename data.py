@@ -666,18 +666,18 @@ def render(text, n, generator):
         return low + (high - low) * torch.rand(n, *shape, generator=generator)
 
     points, blend, lifts = skeleton(text)
-    dots = blend @ (points + 3.2 * normal(*points.shape)) / 100                 # (n, DOTS, 2)
+    dots = blend @ (points + 2.8 * normal(*points.shape)) / 100                 # (n, DOTS, 2)
     dots = dots - torch.tensor([0.3, 0.5])
     wave, phase = 1.5 * normal(2, 1, 2), uniform(0, 6.3, 2, 1)
     warp = torch.sin(dots[:, None] @ wave.transpose(2, 3) * 3 + phase[..., None])     # slow waves
-    dots = dots + 0.035 * warp.squeeze(-1).transpose(1, 2)                      # (n, DOTS, 2)
-    angle, slant = 0.13 * normal(1), 0.22 * normal(1) + 0.08
-    tall, wide = uniform(15.5, 22, 1), uniform(0.75, 1.3, 1)
+    dots = dots + 0.03 * warp.squeeze(-1).transpose(1, 2)                      # (n, DOTS, 2)
+    angle, slant = 0.12 * normal(1), 0.2 * normal(1) + 0.08
+    tall, wide = uniform(16.5, 21.5, 1), uniform(0.8, 1.25, 1)
     x, y = dots[..., 0] * wide - slant * dots[..., 1], dots[..., 1]             # (n, DOTS) each
     x, y = x * angle.cos() - y * angle.sin(), x * angle.sin() + y * angle.cos()
     middle = lambda v: (v.amax(1, keepdim=True) + v.amin(1, keepdim=True)) / 2
-    x = ((x - middle(x)) * tall + 13.5 + uniform(-2.5, 2.5, 1)).contiguous()    # pixels
-    y = ((y - middle(y)) * tall + 13.5 + uniform(-2.5, 2.5, 1)).contiguous()
+    x = ((x - middle(x)) * tall + 13.5 + uniform(-1.5, 1.5, 1)).contiguous()        # pixels
+    y = ((y - middle(y)) * tall + 13.5 + uniform(-1.5, 1.5, 1)).contiguous()
 
     # Each dot is a Gaussian of 1 pixel, weighted by its share of the stroke; their sum, one matrix
     # product per picture, falls with the distance d to the stroke as exp(-d^2/2). Solve it for d.
@@ -688,7 +688,7 @@ def render(text, n, generator):
     rows = (-(grid - y[:, :, None]).square() / 2).exp()
     ink = torch.bmm(rows.transpose(1, 2), columns) / math.sqrt(2 * math.pi)     # (n, 28, 28)
     distance = (-2 * ink.clamp(1e-9, 1).log()).sqrt()
-    pen, soft, dark = uniform(0.7, 1.55, 1, 1), uniform(0.9, 1.5, 1, 1), uniform(0.8, 1, 1, 1)
+    pen, soft, dark = uniform(0.9, 1.7, 1, 1), uniform(0.9, 1.5, 1, 1), uniform(0.85, 1, 1, 1)
     return (255 * dark * ((pen - distance) / soft + 0.5).clamp(0, 1)).to(torch.uint8)
 
 

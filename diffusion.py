@@ -128,17 +128,17 @@ class DDPM(nn.Module):
         self.options = dict(schedule=schedule, weighting=weighting, gamma=gamma, clusters=clusters)
         self.abar = abar(schedule, self.T)                              # (T,) float64
         self.register_buffer("table", coefficients(self.abar), persistent=False)
-        if weighting == "ant-uw":                                       # log variance of each cluster
+        if weighting == "ant-uw":                                     # log variance of each cluster
             self.log_var = nn.Parameter(torch.zeros(clusters))
 
     # ---- training
 
     def grid(self, u):
-        return (u * self.T).floor().clamp(max=self.T - 1) / self.T      # u may have been rounded to 1
+        return (u * self.T).floor().clamp(max=self.T - 1) / self.T    # u may have been rounded to 1
 
     def draw(self, x0, draw):
         first, end = 0, self.T
-        if self.options["weighting"] == "ant-uw":       # as many pictures from each cluster of steps
+        if self.options["weighting"] == "ant-uw":      # as many pictures from each cluster of steps
             i, k = draw.rows % self.options["clusters"], self.options["clusters"]
             first, end = i * self.T // k, (i + 1) * self.T // k
         n = first + (draw.uniform("t") * (end - first)).floor()         # (B,) 0..999
@@ -194,7 +194,7 @@ class DDPM(nn.Module):
             return mse * snr.clamp(max=o["gamma"]) / snr + vb           # min(SNR, gamma) / SNR
         if o["weighting"] == "p2":
             return mse / (1 + snr) ** o["gamma"] + vb                   # 1 / (k + SNR)^gamma, k = 1
-        if o["weighting"] == "ant-uw":                                  # Kendall: sum of L/2var + log var/2
+        if o["weighting"] == "ant-uw":                          # Kendall: sum of L/2var + log var/2
             k = o["clusters"]
             s = self.log_var[((self.step(t) + 1) * k - 1) // self.T]    # (B,)  its optimum is log L_i,
             return ((mse + vb) * torch.exp(-s) + k * s) / 2             # L_i: mean of cluster i / k
@@ -213,7 +213,7 @@ class DDPM(nn.Module):
         x0 = (x - a.sqrt_1m_abar * eps) / a.sqrt_abar
         mean = a.mean_x0 * x0 + a.mean_x * x                            # DDPM Eq. (7)
         if prediction.shape[1] == C:
-            return mean, a.log_beta_tilde.expand_as(x), x0              # the smallest sensible variance
+            return mean, a.log_beta_tilde.expand_as(x), x0          # the smallest sensible variance
         v = (prediction[:, C:] + 1) / 2                                 # -1..1 -> 0..1
         return mean, v * a.log_beta + (1 - v) * a.log_beta_tilde, x0    # IDDPM Eq. (15)
 
@@ -227,7 +227,7 @@ class DDPM(nn.Module):
         level = self.abar[kept]                                         # abar of the steps kept
         table = coefficients(level).to(x)
         noise = noise or (lambda i: torch.randn_like(x))
-        before = None                                                   # dpm++: (lambda, x0) one ago
+        before = None                                                  # dpm++: (lambda, x0) one ago
         for i, n in enumerate(reversed(range(len(kept)))):
             prediction = f(x, kept[n] / self.T)
             a = Coefficients(table, torch.full((len(x),), n, device=x.device))
@@ -236,10 +236,10 @@ class DDPM(nn.Module):
             if solver == "ddpm":
                 x = mean + (0.5 * log_var).exp() * noise(i) if n else mean
             elif solver == "ddim":
-                sigma = eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))    # DDIM Eq. (16)
+                sigma = eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))   # DDIM Eq. (16)
                 eps = prediction[:, : x.shape[1]]
                 x = math.sqrt(then) * x0 + math.sqrt(max(1 - then - sigma**2, 0)) * eps
-                x = x + sigma * noise(i) if sigma else x                              # DDIM Eq. (12)
+                x = x + sigma * noise(i) if sigma else x                             # DDIM Eq. (12)
             else:
                 x, before = dpm_step(x, x0, now, then, before), (log_snr(now), x0)
             yield (kept[n - 1] / self.T if n else 0.0), x, x0
@@ -295,7 +295,7 @@ class Coefficients:
 
 
 def log_snr(abar):
-    return 0.5 * math.log(abar / (1 - abar))                            # lambda = log(alpha / sigma)
+    return 0.5 * math.log(abar / (1 - abar))                           # lambda = log(alpha / sigma)
 
 
 def dpm_step(x, x0, now, then, before):

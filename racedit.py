@@ -157,6 +157,8 @@ class Router(nn.Module):
         self.score = nn.Linear(cfg.dim, cfg.experts)                            # W_g
         self.target = nn.Linear(cfg.dim, cfg.patch**2 * cfg.channels)           # W_t, training only
 
+    full_precision = True                   # sharded training must not round these weights
+
     def forward(self, u):
         def linear(layer, x):
             return F.linear(x, layer.weight.float(), layer.bias.float())

@@ -21,7 +21,7 @@ from PIL import Image
 from diffusion import DDPM, RectifiedFlow, guide, index_noise
 from train import MODELS, Parser, Refusal, number, read_checkpoint
 
-STEPS = {"euler": 25, "heun": 13, "ddpm": 250, "ddim": 50, "dpm++": 20}     # when --steps is not given
+STEPS = {"euler": 25, "heun": 13, "ddpm": 250, "ddim": 50, "dpm++": 20}  # when --steps is not given
 
 
 def load(file, weights="ema", device="cpu"):
@@ -129,7 +129,7 @@ def film(file, model, path, labels, decode, frames=10, **options):
     """One picture a row; from left to right x_t from noise to data."""
     seen = [x.cpu() for _, x, _ in walk(model, path, labels, **options)]
     keep = [round(i * (len(seen) - 1) / (frames - 1)) for i in range(frames)]
-    strip = torch.stack([decode(seen[i]) for i in keep], dim=1)                 # (n, frames, C, H, W)
+    strip = torch.stack([decode(seen[i]) for i in keep], dim=1)               # (n, frames, C, H, W)
     write_grid(file, strip.flatten(0, 1).clamp(-1, 1), columns=frames)
 
 

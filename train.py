@@ -6,12 +6,12 @@
     python train.py --model ditmoe --size XL/2 --dry-run            only count
     torchrun --nproc-per-node 8 train.py --model ditmoe --size XL/2 --data latents/ --fsdp
 
-Read main(): batch, loss, backward, step, EMA, print. What a paper trains differently is a function of
-its own file, called here when it is there: loss(), param_groups(), from_dense(), update_buffers().
+Read main(): batch, loss, backward, step, EMA, print. What a paper trains differently is a function
+of its own file, called here when it is there: loss(), param_groups(), from_dense(), update_buffers().
 Of the aux that a model returns, "*_loss" is added to the loss, "*_stat" goes to update_buffers().
 
-Every random number is keyed by (seed, step, what for) and by the picture's place in the global batch
-(diffusion.Draw). So a run that was killed and resumed, or spread over more processes, sees the same
+Every random number is keyed by (seed, step, what for) and by the picture's place in the global
+batch (diffusion.Draw). So a run that was killed and resumed, or spread over more processes, sees the same
 pictures, times and noise as one that was not, and there is no random state to save."""
 
 import argparse
@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 import zipfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
     set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils.checkpoint import checkpoint
 
@@ -46,11 +47,11 @@ from diffusion import DDPM, Draw, RectifiedFlow, keyed
 
 MODELS = ("dit", "ditmoe", "racedit", "dydit", "dtr")
 FORMAT = 1                                          # of the checkpoint file
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)        # one file, however many GPUs
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)       # one file, however many GPUs
 
-TINY = dict(steps=1400, batch=64, lr=1e-3, warmup=100, ema=0.995, clip=1.0,
+TINY = dict(steps=1000, batch=64, lr=2e-3, warmup=100, cooldown=0.5, beta2=0.999, ema=0.99, clip=1.0,
             save_every=250, log_every=50, sample_every=500)             # a laptop, minutes
-PAPER = dict(steps=400_000, batch=256, lr=1e-4, warmup=0, ema=0.9999, clip=0.0,
+PAPER = dict(steps=400_000, batch=256, lr=1e-4, warmup=0, cooldown=0.0, beta2=0.999, ema=0.9999, clip=0.0,
              save_every=5000, log_every=100, sample_every=0)            # DiT's recipe
 
 
@@ -99,10 +100,10 @@ def main(args):
                 stats[k] = stats[k] + aux[k].detach() / len(batches)
 
         norm = clip_gradients(args.clip, model, path, world)
-        if norm.isfinite():                         # else: a broken batch must not break the weights
+        if norm.isfinite():                        # else: a broken batch must not break the weights
             for optimizer, peaks in optimizers:
                 for group, peak in zip(optimizer.param_groups, peaks):
-                    group["lr"] = peak * min(1.0, (step + 1) / (args.warmup + 1))
+                    group["lr"] = peak * share_of_lr(args, step)
                 optimizer.step()
             if hasattr(model, "update_buffers"):
                 model.update_buffers(average(stats, world))
@@ -123,13 +124,18 @@ def main(args):
     report.end(start, halt if start < args.steps else False)
     if world > 1:
         dist.barrier()
-        dist.destroy_process_group()
     return 130 if start < args.steps and halt else 0
 
 
 def default_loss(path, model, x0, y, step, draw):
     per_picture, aux = path.loss(model, x0, y, *path.draw(x0, draw))
     return per_picture.mean(), aux
+
+
+def share_of_lr(args, step):
+    """Rises over the first `warmup` steps, stays 1, falls to 0 over the last `cooldown` of all."""
+    rest = (args.steps - step) / max(args.cooldown * args.steps, 1)
+    return min(1.0, (step + 1) / (args.warmup + 1), rest)
 
 
 def get_batches(args, data, cfg, rank, world, step):
@@ -141,7 +147,7 @@ def get_batches(args, data, cfg, rank, world, step):
         draw = Draw(args.seed, step, args.batch, rows)
         x0, y = data.batch(ids[rows], draw)
         forget = draw.uniform("forget") < args.drop
-        batches.append((x0, torch.where(forget, cfg.classes, y), draw))     # guidance needs "no class"
+        batches.append((x0, torch.where(forget, cfg.classes, y), draw))  # guidance needs "no class"
     return batches
 
 
@@ -160,16 +166,16 @@ def make_path(args, before):
     was = before["path"] if before else {"kind": "rf", "options": {}}
     kind = args.path or was["kind"]
     if before and kind != was["kind"]:
-        raise Refusal(f"--path {kind}, but {args.init or args.out / 'last.pt'} was trained with {was['kind']}")
+        file = args.init or args.out / "last.pt"
+        raise Refusal(f"--path {kind}, but {file} was trained with {was['kind']}")
     names = ("times",) if kind == "rf" else ("schedule", "weighting", "gamma", "clusters")
     given = {k: v for k, v in vars(args).items() if v is not None and
              k in ("times", "schedule", "weighting", "gamma", "clusters")}
     for k in given:
         if k not in names:
-            raise Refusal(f"--{k} belongs to --path {'ddpm' if kind == 'rf' else 'rf'}, not to {kind}"
-                          + (": the weightings divide by the signal-to-noise ratio of a network that "
-                             "predicts noise; a flow weighs times by how often --times draws them"
-                             if k == "weighting" else ""))
+            why = ": they weigh the error of a network that predicts noise; a flow weighs times by " \
+                "how often --times draws them" if k == "weighting" else ""
+            raise Refusal(f"--{k} is for --path {'ddpm' if kind == 'rf' else 'rf'}, not {kind}{why}")
     return {"rf": RectifiedFlow, "ddpm": DDPM}[kind](**(was["options"] | given))
 
 
@@ -180,6 +186,9 @@ def open_data(args, before):
                      args.latent_kind or was.get("latent_kind"), args.image_size or was.get("size"))
 
 
+SHARED = ("size", "patch", "channels", "classes", "dim", "depth", "heads", "learn_sigma", "time_scale")
+
+
 def make_config(args, module, path, data, before):
     """TINY or a paper's size, fitted to the data; then what a checkpoint fixes; then --set."""
     cfg = module.TINY if args.tiny else module.size(args.size)
@@ -188,17 +197,17 @@ def make_config(args, module, path, data, before):
     cfg = replace(cfg, learn_sigma=path.kind == "ddpm")
     known = {f.name: f for f in fields(cfg)}
     if before:
-        keep = known if before["name"] == args.model else set(known) & {
-            "size", "patch", "channels", "classes", "dim", "depth", "heads", "learn_sigma", "time_scale"}
+        keep = known if before["name"] == args.model else SHARED
         cfg = replace(cfg, **{k: v for k, v in before["config"].items() if k in keep})
         for name in ("size", "channels", "classes"):
             if data and getattr(cfg, name) != getattr(data, name):
-                raise Refusal(f"{name} of {data.source} is {getattr(data, name)}, but the checkpoint "
-                              f"was trained with {getattr(cfg, name)}")
+                raise Refusal(f"{name} of {data.source} is {getattr(data, name)}, but the "
+                              f"checkpoint was trained with {getattr(cfg, name)}")
     cfg = replace(cfg, **{k: v for k, v in (parse_setting(s, known) for s in args.set)})
     for whole, part in (("dim", "heads"), ("size", "patch")):
-        if getattr(cfg, part) < 1 or getattr(cfg, whole) % getattr(cfg, part):
-            raise Refusal(f"{whole} {getattr(cfg, whole)} cannot be cut into {part} {getattr(cfg, part)}")
+        a, b = getattr(cfg, whole), getattr(cfg, part)
+        if b < 1 or a % b:
+            raise Refusal(f"{whole} {a} cannot be cut into {part} {b}")
     if cfg.dim % 4 or cfg.depth < 1:
         raise Refusal(f"dim {cfg.dim} must be a multiple of 4 and depth {cfg.depth} at least 1")
     return cfg
@@ -222,11 +231,11 @@ def make_models(args, module, cfg, dense, device):
     """The model and its moving average, from the same weights on every process."""
     torch.manual_seed(args.seed)
     try:
-        model = module.from_dense(dense["ema"], cfg) if dense and hasattr(module, "from_dense") else \
-            module.Model(cfg)
+        grown = dense and hasattr(module, "from_dense")
+        model = module.from_dense(dense["ema"], cfg) if grown else module.Model(cfg)
     except (RuntimeError, ValueError) as e:
         raise Refusal(f"{args.model}: {str(e).splitlines()[0]}") from None
-    if dense and not hasattr(module, "from_dense"):
+    if dense and not grown:
         load_exactly(model, dense["ema"], args)
     model = model.to(device).train()
     ema = module.Model(model.cfg).to(device).eval().requires_grad_(False)
@@ -242,14 +251,14 @@ def make_models(args, module, cfg, dense, device):
 def load_exactly(model, state, args):
     wrong = set(state) ^ set(model.state_dict())
     if wrong:
-        raise Refusal(f"--init {args.init}: {args.model} cannot start from it ({sorted(wrong)[0]} and "
-                      f"{len(wrong) - 1} more tensors do not match)")
+        raise Refusal(f"--init {args.init}: {args.model} cannot start from it ({sorted(wrong)[0]} "
+                      f"and {len(wrong) - 1} more tensors do not match)")
     model.load_state_dict(state)
 
 
 def shard(model, device, amp):
-    """FSDP2: every process keeps a slice of each tensor. Weights travel in bf16, gradients in float32;
-    inputs are left alone, since bf16 would round t = 0.999 to 1."""
+    """FSDP2: every process keeps a slice of each tensor. Weights travel in bf16, gradients in
+    float32; inputs are left alone, since bf16 would round t = 0.999 to 1."""
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy()
     if wants_bf16(amp, device):
@@ -264,24 +273,28 @@ def shard(model, device, amp):
 def wrap(args, model, device):
     net = torch.compile(model) if args.compile else model
     if dist.is_initialized() and not args.fsdp:
-        net = DDP(net, broadcast_buffers=False)     # buffers are averaged, see average()
+        with warnings.catch_warnings():             # torch 2.13 renames broadcast_buffers
+            warnings.simplefilter("ignore", FutureWarning)
+            net = DDP(net, broadcast_buffers=False)     # buffers are averaged, see average()
     return net
 
 
 def sync_when(net, now):
-    for holder, name in ((net, "require_backward_grad_sync"), (net, "set_requires_gradient_sync")):
-        if isinstance(holder, DDP) and name == "require_backward_grad_sync":
-            holder.require_backward_grad_sync = now
-        elif hasattr(holder, name) and callable(getattr(holder, name)):
-            getattr(holder, name)(now)
+    """Gradients travel between processes once per step, not once per --accum."""
+    if isinstance(net, DDP):
+        net.require_backward_grad_sync = now
+    elif isinstance(net, FSDPModule):
+        net.set_requires_gradient_sync(now)
 
 
 def make_optimizers(args, module, model, path, device):
-    """[(optimizer, its peak learning rates)]: the model's, and the path's if its weights are learned."""
-    groups = module.param_groups(model, args.lr) if hasattr(module, "param_groups") else \
-        [dict(params=[p for p in model.parameters() if p.requires_grad])]
+    """[(optimizer, its peak learning rates)]: the model's, and the path's if that learns, too."""
+    if hasattr(module, "param_groups"):
+        groups = module.param_groups(model, args.lr)
+    else:
+        groups = [dict(params=[p for p in model.parameters() if p.requires_grad])]
     fused = device.type in ("cpu", "cuda")
-    made = [torch.optim.AdamW(groups, lr=args.lr, weight_decay=0.0, fused=fused)]
+    made = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0, fused=fused)]
     if list(path.parameters()):
         made.append(torch.optim.AdamW(path.param_groups(), fused=fused))
     return [(o, [g["lr"] for g in o.param_groups]) for o in made]
@@ -330,7 +343,8 @@ def join(wanted):
         raise Refusal(f"--device {wanted}: not available on this machine") from None
     if "RANK" not in os.environ:
         return 0, 1, device
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -346,8 +360,8 @@ def wants_bf16(amp, device):
 
 
 def keep_memory():
-    """Linux gives large blocks back to the kernel at every free() and fetches them zeroed at the next
-    malloc(). A training step asks for the same blocks again and again: keeping them saves a tenth."""
+    """glibc gives large blocks back to the kernel at every free() and gets them back, zeroed, at the
+    next malloc(). A training step asks for the same blocks each time: keeping them saves a tenth."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 1 << 30)    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
@@ -371,7 +385,8 @@ class Stop:
     def asked(self, step):
         if self.world == 1 or step % 10:            # processes agree every 10 steps
             return self.flag and self.world == 1
-        flag = torch.tensor(float(self.flag), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        flag = torch.tensor(float(self.flag), device=device)
         dist.all_reduce(flag)
         return flag.item() > 0
 
@@ -380,11 +395,12 @@ class Stop:
 
 
 def save(args, rank, path, data, model, ema, optimizers, step, sums):
-    """One file of plain types. Under FSDP all processes must come here: the weights are gathered."""
+    """One file of plain types. Under FSDP all processes must come here: weights are gathered."""
     file = args.out / "last.pt"
     content = dict(
         format=FORMAT, name=args.model, config=asdict(model.cfg), step=step,
-        model=get_model_state_dict(model, options=WHOLE), ema=get_model_state_dict(ema, options=WHOLE),
+        model=get_model_state_dict(model, options=WHOLE),
+        ema=get_model_state_dict(ema, options=WHOLE),
         optimizer=get_optimizer_state_dict(model, optimizers[0][0], options=WHOLE),
         path=dict(kind=path.kind, options=path.options, weights=path.state_dict(),
                   optimizer=[o.state_dict() for o, _ in optimizers[1:]]),
@@ -395,7 +411,7 @@ def save(args, rank, path, data, model, ema, optimizers, step, sums):
         write_checkpoint(file, content)
 
 
-RECIPE = ("seed", "batch", "lr", "warmup", "ema", "clip", "drop")       # what a resumed run must share
+RECIPE = ("seed", "batch", "lr", "warmup", "cooldown", "beta2", "ema", "clip", "drop")    # what a resumed run must share
 
 
 def write_checkpoint(file, content):
@@ -422,7 +438,7 @@ def read_checkpoint(file):
                 raise ValueError("damaged")
         content = torch.load(file, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
-            raise Refusal(f"{file} has checkpoint format {content['format']}, this program reads {FORMAT}")
+            raise Refusal(f"{file} has checkpoint format {content['format']}, not {FORMAT}")
         content["model"], content["ema"], content["config"], content["path"]["kind"]
         if content["name"] not in MODELS:
             raise ValueError("unknown model")
@@ -431,7 +447,8 @@ def read_checkpoint(file):
     except Refusal:
         raise
     except Exception as e:
-        raise Refusal(f"{file} is not a checkpoint of train.py, or damaged ({type(e).__name__})") from None
+        raise Refusal(f"{file} is not a checkpoint of train.py, or damaged "
+                      f"({type(e).__name__})") from None
     return content
 
 
@@ -443,7 +460,7 @@ def check_same_run(args, saved, module, cfg, path, data):
                 **{k: vars(args)[k] for k in RECIPE})
     for k in theirs:
         if ours.get(k, theirs[k]) != theirs[k]:
-            raise Refusal(f"--resume: {k} was {theirs[k]}, now {ours[k]}; use the old value or another --out")
+            raise Refusal(f"--resume: {k} was {theirs[k]}, now {ours[k]}; keep it, or use another --out")
 
 
 def restore(saved, model, ema, optimizers, path):
@@ -472,10 +489,10 @@ class Report:
 
     def __init__(self, args, rank, world, start, sums):
         self.args, self.rank, self.world = args, rank, world
-        self.sums = {k: v.double() for k, v in sums.items()}        # since the last line, kept on resume
+        self.sums = {k: v.double() for k, v in sums.items()}   # since the last line, kept on resume
         self.began, self.since = time.time(), start
         self.file = args.out / "metrics.jsonl"
-        if rank == 0 and self.file.exists():                        # forget what the checkpoint did not see
+        if rank == 0 and self.file.exists():                # forget what the checkpoint did not see
             lines = [l for l in self.file.read_text().splitlines(True) if step_of(l) <= start]
             self.file.write_text("".join(lines))
 
@@ -505,7 +522,10 @@ class Report:
                 f.write(json.dumps(line) + "\n")
         losses = "  ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in mean.items())
         text = f"step {step}/{self.args.steps}  {losses}  {speed:.0f} img/s  {clock(left)} left"
-        self.say(f"\r{text}\033[K" if sys.stdout.isatty() else text, end="" if sys.stdout.isatty() else "\n")
+        if sys.stdout.isatty():
+            self.say(f"\r{text}\033[K", end="")                     # in place
+        else:
+            self.say(text)
 
     def picture(self, ema, path, data, step):
         """The same noise and classes each time, so that one sees the same pictures get better."""
@@ -525,7 +545,8 @@ class Report:
         elif halted:
             self.say(f"stopped and saved; the same command with --resume goes on from {last}")
         else:
-            self.say(f"saved {last} after {clock(time.time() - self.began)}; now: python sample.py {last}")
+            took = clock(time.time() - self.began)
+            self.say(f"saved {last} after {took}; now: python sample.py {last}")
 
 
 def step_of(line):
@@ -565,7 +586,8 @@ def number(kind, low, high=math.inf):
         try:
             value = kind(text)
         except ValueError:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a{'n int' if kind is int else ' number'}")
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
         if not low <= value <= high:
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
@@ -578,19 +600,21 @@ def parse_args(argv):
     p.add_argument("--model", required=True, choices=MODELS)
     p.add_argument("--tiny", action="store_true", help="a laptop: small model, short recipe")
     p.add_argument("--size", help="a paper's size: S/2, B/2, ... XL/2")
-    p.add_argument("--data", help="digits | mnist | fashion-mnist | cifar10 | a folder (default: digits)")
-    p.add_argument("--latent-kind", help="layout of a folder of latents, when it does not tell itself")
+    p.add_argument("--data", help="digits (default) | mnist | fashion-mnist | cifar10 | a folder")
+    p.add_argument("--latent-kind", help="layout of a folder of latents that leaves it open")
     p.add_argument("--image-size", type=count, help="side to which a folder of pictures is cut")
     p.add_argument("--path", choices=("rf", "ddpm"), help="rectified flow (default) or DDPM")
     p.add_argument("--times", choices=("uniform", "logit-normal"), help="rf: how training draws t")
     p.add_argument("--schedule", choices=("linear", "cosine"), help="ddpm: noise schedule")
-    p.add_argument("--weighting", choices=("none", "min-snr", "p2", "ant-uw"), help="ddpm: loss weights")
+    p.add_argument("--weighting", choices=("none", "min-snr", "p2", "ant-uw"), help="ddpm: of the loss")
     p.add_argument("--gamma", type=real, help="of min-snr (5) and p2 (1)")
     p.add_argument("--clusters", type=count, help="of ant-uw (8)")
     p.add_argument("--steps", type=count)
     p.add_argument("--batch", type=count, help="pictures per step, over all processes")
     p.add_argument("--lr", type=real)
     p.add_argument("--warmup", type=number(int, 0), help="steps until the full learning rate")
+    p.add_argument("--beta2", type=number(float, 0, 0.9999999), help="of AdamW")
+    p.add_argument("--cooldown", type=number(float, 0, 1), help="last share of the run: lr falls to 0")
     p.add_argument("--ema", type=number(float, 0, 1), help="decay of the averaged weights")
     p.add_argument("--clip", type=real, help="largest gradient norm, 0: none")
     p.add_argument("--drop", type=number(float, 0, 1), default=0.1, help="share of labels forgotten")
@@ -603,7 +627,7 @@ def parse_args(argv):
     p.add_argument("--amp", choices=("auto", "off", "bf16"), default="auto")
     p.add_argument("--compile", action="store_true")
     p.add_argument("--accum", type=count, default=1, help="forwards per step")
-    p.add_argument("--fsdp", action="store_true", help="shard weights over the processes of torchrun")
+    p.add_argument("--fsdp", action="store_true", help="shard weights over torchrun's processes")
     p.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
     p.add_argument("--save-every", type=count)
     p.add_argument("--log-every", type=count)
@@ -619,7 +643,8 @@ def parse_args(argv):
     args.out = args.out or Path("runs") / args.model
     world = int(os.environ.get("WORLD_SIZE", 1))
     if args.batch % (world * args.accum):
-        raise Refusal(f"--batch {args.batch} does not divide into {world} processes x --accum {args.accum}")
+        raise Refusal(f"--batch {args.batch} does not divide into {world} processes x "
+                      f"--accum {args.accum}")
     if args.fsdp and "RANK" not in os.environ:
         raise Refusal("--fsdp needs torchrun")
     return args
@@ -660,4 +685,7 @@ def cli(argv):
 
 
 if __name__ == "__main__":
-    sys.exit(cli(sys.argv[1:]))
+    code = cli(sys.argv[1:])
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)
