@@ -1,4 +1,4 @@
-"""Two ways to turn noise into pictures: rectified flow and DDPM. Each loss stands next to its samplers.
+"""Two ways from noise to pictures: rectified flow and DDPM. Each loss stands next to its samplers.
 
     data x0 ----------------- x_t -----------------> noise e         training: mix, ask the network
     t = 0                      t                       t = 1
@@ -14,10 +14,11 @@ Codebases that count the other way (t = 1 is data): SiT, lightning-DiT, torchcfm
 Letters: B batch, C channels, S side; x (B, C, S, S), t (B,), y (B,); "wide" means (B, 1, 1, 1).
 Read next: RectifiedFlow (one screen), guide(), then DDPM.
 
-Sources. Rectified flow: Liu 2209.03003; logit-normal t: Esser 2403.03206. DDPM: Ho 2006.11239; learned
-variance, cosine steps, respacing: Nichol & Dhariwal 2102.09672, "IDDPM". DDIM: Song 2010.02502.
-DPM-Solver++: Lu 2211.01095. Guidance: Ho & Salimans 2207.12598; in an interval: Kynkaanniemi 2404.07724.
-Weightings: Min-SNR: Hang 2303.09556; P2: Choi 2204.00227; ANT-UW: Go 2306.00354."""
+Sources. Rectified flow: Liu 2209.03003; logit-normal t: Esser 2403.03206. DDPM: Ho 2006.11239;
+learned variance, cosine steps, respacing: Nichol & Dhariwal 2102.09672, "IDDPM". DDIM: Song
+2010.02502. DPM-Solver++: Lu 2211.01095. Guidance: Ho & Salimans 2207.12598; in an interval:
+Kynkaanniemi 2404.07724. Weightings: Min-SNR: Hang 2303.09556; P2: Choi 2204.00227; ANT-UW: Go
+2306.00354."""
 
 import hashlib
 import math
@@ -89,8 +90,8 @@ def guide(model, y, none, scale=1.0, channels=None, interval=(0.0, 1.0)):
     """Classifier-free guidance -> f(x, t): the prediction, pushed from "no class" towards class y.
 
     none: the label for "no class" (cfg.classes). scale 1 asks the model once, without guidance.
-    channels: how many channels to guide (None: all C). DiT, DyDiT and DiT-MoE's DDPM guide the first
-    3 of 4, an accident of the official code that published figures contain; DTR guides all.
+    channels: how many channels to guide (None: all C). DiT, DyDiT and DiT-MoE's DDPM guide the
+    first 3 of 4, an accident of the official code that published figures contain; DTR guides all.
     interval: (lo, hi), the times at which guidance is on."""
 
     def f(x, t):
@@ -161,7 +162,8 @@ class DDPM(nn.Module):
         x = self.mix(x0, noise, t)
         prediction, aux = model(x, t, y)
         mse = self.mse(prediction, noise)
-        vb = self.vb(prediction.float(), x0, x, self.step(t)) if prediction.shape[1] > x0.shape[1] else 0
+        learned = prediction.shape[1] > x0.shape[1]                     # 2C channels
+        vb = self.vb(prediction.float(), x0, x, self.step(t)) if learned else 0
         return self.weigh(mse, vb, t), aux
 
     def step(self, t):
@@ -173,14 +175,14 @@ class DDPM(nn.Module):
     def vb(self, prediction, x0, x, n):
         """The variational term, for the learned variance alone, in bits per dimension (B,).
 
-        The squared error says nothing about the variance of a reverse step, so the second C channels
+        The squared error says nothing about the variance of a reverse step: the second C channels
         would stay untrained. This term is the KL divergence between the true reverse step (it knows
         x0) and the network's Gaussian. The mean is detached: the noise prediction learns from the
         squared error only, the variance from this only (IDDPM Sec. 3.1; their 1/1000 is not used by
-        DiT). At n = 0 the "next" thing is the picture itself, with 256 grey levels: a likelihood."""
+        DiT). At n = 0 the next thing is the picture itself, with 256 grey levels: a likelihood."""
         a = Coefficients(self.table, n)
-        prediction = torch.cat([prediction[:, : x0.shape[1]].detach(), prediction[:, x0.shape[1]:]], 1)
-        mean, log_var, _ = self.reverse(prediction, x, a)
+        eps, v = prediction.chunk(2, dim=1)
+        mean, log_var, _ = self.reverse(torch.cat([eps.detach(), v], dim=1), x, a)
         true_mean = a.mean_x0 * x0 + a.mean_x * x                       # DDPM Eq. (7)
         kl = gaussian_kl(true_mean, a.log_beta_tilde, mean, log_var)
         nll = -grey_level_log_likelihood(x0, mean, log_var)
@@ -201,7 +203,7 @@ class DDPM(nn.Module):
         return mse + vb
 
     def param_groups(self):
-        """Learned weights have their own learning rate: 0.025, no decay (DTR's released setting)."""
+        """Learned weights have their own learning rate: 0.025, no decay (DTR's released one)."""
         return [dict(params=[p], lr=0.025, weight_decay=0.0) for p in self.parameters()]
 
     # ---- sampling
@@ -222,7 +224,7 @@ class DDPM(nn.Module):
 
         ddpm: ancestral, fresh noise at each step. ddim: eta 0 draws none, eta 1 is close to ddpm.
         dpm++: second order (2M), made for 10-30 steps. noise(i) -> the normal numbers of step i,
-        counted from 0. The network is always told the ORIGINAL step, whatever steps are left out."""
+        counted from 0. The network is told the ORIGINAL step, whatever steps are left out."""
         kept = respace(self.T, steps, solver)                           # original steps, ascending
         level = self.abar[kept]                                         # abar of the steps kept
         table = coefficients(level).to(x)
@@ -278,8 +280,8 @@ def coefficients(abar):
     sampler that leaves steps out is the same DDPM with fewer, larger ones (IDDPM Sec. 4)."""
     before = torch.cat([abar.new_ones(1), abar[:-1]])
     beta = 1 - abar / before                                            # (N,)
-    tilde = beta * (1 - before) / (1 - abar)                            # DDPM Eq. (7): 0 at n = 0,
-    tilde = torch.cat([tilde[1:2] if len(abar) > 1 else beta, tilde[1:]])    # so the next one stands in
+    tilde = beta * (1 - before) / (1 - abar)                            # DDPM Eq. (7): at n = 0 it is 0,
+    tilde = torch.cat([tilde[1:2] if len(abar) > 1 else beta, tilde[1:]])     # the next stands in
     mean_x0 = before.sqrt() * beta / (1 - abar)
     mean_x = (1 - beta).sqrt() * (1 - before) / (1 - abar)
     return torch.stack([abar, abar.sqrt(), (1 - abar).sqrt(), beta.log(), tilde.log(),
@@ -339,7 +341,7 @@ def keyed(*key):
 
 
 class Draw:
-    """The random numbers of one training step: one row per picture of the GLOBAL batch, of which this
+    """The random numbers of one training step: a row per picture of the GLOBAL batch, of which this
     process takes its own. So neither the number of processes nor a restart changes a number."""
 
     def __init__(self, seed, step, total, rows, device="cpu"):
@@ -359,5 +361,6 @@ class Draw:
 
 
 def index_noise(seed, indices, shape, step=0):
-    """Normal numbers (len(indices), *shape) for sampling: each row depends on its own index only."""
-    return torch.stack([torch.randn(shape, generator=keyed(seed, "sample", i, step)) for i in indices])
+    """Normal numbers (len(indices), *shape) for sampling: a row depends on its own index only."""
+    return torch.stack([torch.randn(shape, generator=keyed(seed, "sample", i, step))
+                        for i in indices])

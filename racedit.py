@@ -1,9 +1,9 @@
-"""Race-DiT: let every token of the batch race for every expert.   Yuan et al. 2025, arXiv:2503.16057
+"""Race-DiT: every token of the batch races for every expert.   Yuan et al. 2025, arXiv:2503.16057
 
 1. Replace every MLP by E small experts. A router scores every (token, expert) pair.
-2. Keep the best B*L*k pairs of the WHOLE batch: a hard token may win many experts, an easy one none.
-   So compute flows to where the noise level and the picture need it. Nobody is normalised: the score
-   itself is the weight of the expert ("identity gating"), so that scores compare across tokens.
+2. Keep the best B*L*k pairs of the WHOLE batch: a hard token may win many experts, an easy one
+   none, so compute can go where noise level and picture need it. Nothing is normalised: the score
+   itself is the expert's weight ("identity gating"), so that scores compare across tokens.
 3. A picture to sample has no batch to race against. Training therefore remembers the score of the
    last winner as a running threshold tau, and sampling keeps every pair that reaches tau.
 4. Router similarity loss: experts that win the same tokens are pushed to score tokens differently.
@@ -24,12 +24,14 @@ Read next: select(), then MoE.forward().  Everything below the ruler is plain Di
 
 Differences from the paper. No official code or weights were released, and some constants are not
 known to us; what we had to choose is marked "ours".
-- tau is an EMA of the last winner's score, per layer, momentum 0.99 (ours; re-implementations use 0.95
-  and 0.99). It starts at the first batch's value, not at 0 or 1, so there is no warm-up bias (ours).
-- Loss weights 1e-4 (similarity) and 1e-2 (per layer), summed over layers, as in a re-implementation.
+- tau is an EMA of the last winner's score, per layer, momentum 0.99 (ours; re-implementations use
+  0.95 and 0.99). It starts at the first batch's value, not at 0 or 1: no warm-up bias (ours).
+- Loss weights 1e-4 (similarity), 1e-2 (per layer), summed over layers, as in a re-implementation.
 - Selection works on the gate G(S), not on the raw scores S: only then can softmax change who wins a
   race, as Table 1 shows it does. The similarity loss always looks at softmax(S).
 - The race is run among the tokens of one process. pool=global races over all processes (ours).
+- Averaged weights (EMA) have a tau of their own, learned on training batches before they are saved
+  (train.settle): with the tau of the weights in training, a token gets about 6 % fewer experts.
 - Ties cannot win twice: training keeps exactly K pairs by index, in float32 (ours)."""
 
 import math
@@ -71,8 +73,8 @@ SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, hea
          "M": dict(dim=960, depth=16, heads=16), "L": dict(dim=1024, depth=24, heads=16),
          "XL": dict(dim=1152, depth=28, heads=16)}          # S is not in the paper
 
-# Who competes with whom: the order of the axes (0 batch, 1 token, 2 expert), and how many of the first
-# axes separate one contest from the next. The axes that remain compete with each other.
+# Who competes with whom: the order of the axes (0 batch, 1 token, 2 expert), and how many of the
+# first axes separate one contest from the next. The axes that remain compete with each other.
 ROUTES = {"token": ((0, 1, 2), 2),      # contests: B*L, among E        DiT-MoE
           "expert": ((0, 2, 1), 2),     # contests: B*E, among L        EC-DiT
           "bl": ((2, 0, 1), 1),         # contests: E,   among B*L      DiffMoE in training
@@ -97,7 +99,7 @@ def select(gates, k, route="race"):
     (D_A * K,); last: the score of each contest's last winner, (D_A,). K = D_B * k / E: every route
     spends k experts per token on average (rounded down where E does not divide, but at least 1)."""
     rows = contests(gates, route)                                               # (D_A, D_B)
-    K = max(1, int(rows.shape[1] * k / gates.shape[2]))
+    K = max(1, rows.shape[1] * k // gates.shape[2])
     score, column = rows.topk(K, dim=1)                                         # (D_A, K)
     return contests(pairs(gates), route).gather(1, column).flatten(), score[:, -1]
 
@@ -108,7 +110,8 @@ def reach(gates, tau, route="race"):
 
 
 def pairs(gates):
-    return torch.arange(gates.numel(), device=gates.device).view(gates.shape)   # (B, L, E) -> its index
+    """The index of every (token, expert) pair, (B, L, E)."""
+    return torch.arange(gates.numel(), device=gates.device).view(gates.shape)
 
 
 def select_global(gates, k, route):
@@ -123,9 +126,9 @@ def select_global(gates, k, route):
 def similarity_loss(logits, won):
     """Router similarity loss.   (Eqs. 9-11)
 
-    logits, won (T, E), won is 0 or 1 -> scalar. 1 when tokens are spread evenly over experts and over
-    pairs of experts, or when all logits are equal; more when experts that win the same tokens also
-    score them alike. The counts are constants: gradient flows through the softmax only."""
+    logits, won (T, E), won is 0 or 1 -> scalar. 1 when tokens are spread evenly over experts and
+    over pairs of experts, or when all logits are equal; more when experts that win the same tokens
+    also score them alike. Counts are constants: gradient flows through the softmax only."""
     T, E = logits.shape
     P = logits.softmax(-1)
     alike, shared = P.mT @ P, won.mT @ won                                      # P', M' (E, E)
@@ -169,7 +172,7 @@ class Router(nn.Module):
 class Experts(nn.Module):
     """E MLPs, D -> h -> D.  x (R, D), rows sorted by expert -> (R, D).
 
-    Expert e owns the rows ends[e-1]:ends[e], possibly none; owner (R,) names the expert of a row."""
+    Expert e owns rows ends[e-1]:ends[e], possibly none; owner (R,) names the expert of a row."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -193,7 +196,7 @@ class Experts(nn.Module):
 
 
 class MoE(nn.Module):
-    """MoE(u) = sum over the experts e that token u won of Z_e F_e(u).  u (B, L, D) -> (B, L, D), notes.
+    """MoE(u): sum over the experts e that token u won of Z_e F_e(u).  (B, L, D) -> the same, notes.
 
     M (T, E) says who won, Z is the gate, R pairs won in all. notes: "map" (B, L) experts per token,
     "load" (E,) tokens per expert; in training also what the losses and tau learn from."""
@@ -214,8 +217,8 @@ class MoE(nn.Module):
             M = torch.zeros_like(S).flatten().index_fill(0, winners, 1.0).view(T, E)
             notes = dict(map=M.sum(1).view(B, L), load=M.sum(0))
             if self.training:
-                notes |= dict(last_stat=last[: len(self.tau)], guess=guess, similarity=similarity_loss(S.view(T, E), M),
-                              balance=balance_loss(S.view(T, E), M))
+                notes |= dict(similarity=similarity_loss(S.view(T, E), M), guess=guess,
+                              balance=balance_loss(S.view(T, E), M), last_stat=last[:len(self.tau)])
         order = (winners % E * T + winners // E).sort().values                  # (R,) by expert
         owner, token = order // T, order % T
         x = self.experts(u.reshape(T, D).index_select(0, token), M.sum(0).cumsum(0).int(), owner)
@@ -252,9 +255,9 @@ class Block(nn.Module):
 class RaceDiT(nn.Module):
     """x (B, C, S, S), t (B,) in [0, 1], y (B,) int in 0..classes -> prediction, aux.
 
-    prediction (B, C, S, S), or (B, 2C, S, S) with learn_sigma. aux: "map" (N, B, L) experts per token,
-    "load" (N, E) tokens per expert; in training also "sim_loss", "balance_loss", "last_stat" (N, D_A) for
-    update_buffers() and "guess" (N, B, C, S, S) for loss()."""
+    prediction (B, C, S, S), or (B, 2C, S, S) with learn_sigma. aux: "map" (N, B, L) experts per
+    token, "load" (N, E) tokens per expert; in training also "sim_loss", "balance_loss", "last_stat"
+    (N, D_A) for update_buffers() and "guess" (N, B, C, S, S) for loss()."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -278,15 +281,15 @@ class RaceDiT(nn.Module):
             notes.append(note)
         aux = {key: torch.stack([note[key] for note in notes]) for key in notes[0]}
         if self.training:
-            aux["sim_loss"] = self.cfg.sim * aux.pop("similarity").sum()        # sim * N when even
-            aux["balance_loss"] = self.cfg.balance * aux.pop("balance").sum()   # balance * N when even
+            aux["sim_loss"] = self.cfg.sim * aux.pop("similarity").sum()        # even: sim * N
+            aux["balance_loss"] = self.cfg.balance * aux.pop("balance").sum()   # even: balance * N
             aux["guess"] = torch.stack([unpatchify(g, self.cfg) for g in aux["guess"]])
         return unpatchify(self.final_layer(x, c), self.cfg), aux                # (B, C or 2C, S, S)
 
     @torch.no_grad()
     def update_buffers(self, aux):
-        """tau <- m tau + (1 - m) last: once per training step, after backward(), never in forward(),
-        which activation checkpointing and accumulation run more than once."""
+        """tau <- m tau + (1 - m) last: once per training step, after backward(), never in
+        forward(), which activation checkpointing and accumulation run more than once."""
         for block, last in zip(self.blocks, aux["last_stat"]):
             tau = block.moe.tau
             tau.copy_(torch.where(tau.isnan(), last, tau.lerp(last.to(tau), 1 - self.cfg.momentum)))
@@ -296,7 +299,7 @@ Model = RaceDiT                                         # the name train.py and 
 
 
 def loss(path, model, x0, y, step, draw):
-    """Training: the diffusion loss, and per-layer regularization, which needs the target (Sec. 3.4).
+    """Training: the diffusion loss, and per-layer regularization, which needs the target.
 
     Every layer's guess is held to what the last layer must predict; there is no detach."""
     t, noise = path.draw(x0, draw)
@@ -308,8 +311,8 @@ def loss(path, model, x0, y, step, draw):
 
 
 def cost(cfg):
-    """Of one picture: 1e9 multiply-accumulates in matrix products (what the papers call Gflops), and
-    how many parameters a token does not use (it has k of E experts, on average)."""
+    """Of one picture: 1e9 multiply-accumulates in matrix products (what the papers call Gflops),
+    and how many parameters a token does not use (it has k of E experts, on average)."""
     L, D, E, h = (cfg.size // cfg.patch) ** 2, cfg.dim, cfg.experts, 4 * cfg.dim // cfg.split
     moe = L * (D * D + D * E + cfg.k * 2 * D * h)                               # router, k experts
     block = 4 * L * D * D + 2 * L * L * D + moe + 6 * D * D                   # qkvo; QK', AV; adaLN

@@ -7,12 +7,12 @@
     torchrun --nproc-per-node 8 train.py --model ditmoe --size XL/2 --data latents/ --fsdp
 
 Read main(): batch, loss, backward, step, EMA, print. What a paper trains differently is a function
-of its own file, called here when it is there: loss(), param_groups(), from_dense(), update_buffers().
-Of the aux that a model returns, "*_loss" is added to the loss, "*_stat" goes to update_buffers().
+of its own file, called when it is there: loss(), param_groups(), from_dense(), update_buffers(). Of
+the aux that a model returns, "*_loss" is added to the loss, "*_stat" goes to update_buffers().
 
 Every random number is keyed by (seed, step, what for) and by the picture's place in the global
-batch (diffusion.Draw). So a run that was killed and resumed, or spread over more processes, sees the same
-pictures, times and noise as one that was not, and there is no random state to save."""
+batch (diffusion.Draw). So a run that was killed and resumed, or spread over more processes, sees
+the same pictures, times and noise as one that was not; there is no random state to save."""
 
 import argparse
 import ctypes
@@ -49,10 +49,12 @@ MODELS = ("dit", "ditmoe", "racedit", "dydit", "dtr")
 FORMAT = 1                                          # of the checkpoint file
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)       # one file, however many GPUs
 
-TINY = dict(steps=1000, batch=64, lr=2e-3, warmup=100, cooldown=0.5, beta2=0.999, ema=0.99, clip=1.0,
-            save_every=250, log_every=50, sample_every=500)             # a laptop, minutes
-PAPER = dict(steps=400_000, batch=256, lr=1e-4, warmup=0, cooldown=0.0, beta2=0.999, ema=0.9999, clip=0.0,
-             save_every=5000, log_every=100, sample_every=0)            # DiT's recipe
+TINY = dict(steps=2000, batch=32, lr=3e-3, warmup=100, cooldown=0.5, beta2=0.99, ema=0.995,
+            clip=1.0, save_every=500, log_every=100, sample_every=1000)         # a laptop, minutes
+TUNE = dict(TINY, steps=400, lr=1e-3, warmup=20, ema=0.98,              # ... from --init: a fifth
+            save_every=200, sample_every=400)
+PAPER = dict(steps=400_000, batch=256, lr=1e-4, warmup=0, cooldown=0.0, beta2=0.999, ema=0.9999,
+             clip=0.0, save_every=5000, log_every=100, sample_every=0)          # DiT's recipe
 
 
 class Refusal(Exception):
@@ -114,9 +116,14 @@ def main(args):
         done = step + 1
         report.step(done, norm)
         halt = stop.asked(done)
-        if done % args.save_every == 0 or done == args.steps or halt:
+        to_save = done % args.save_every == 0 or done == args.steps or halt
+        to_show = args.sample_every and (done % args.sample_every == 0 or done == args.steps)
+        if (to_save or to_show) and hasattr(ema, "update_buffers"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                settle(ema, path, loss_of, fetch, done, device, world)
+        if to_save:
             save(args, rank, path, data, model, ema, optimizers, done, report.sums)
-        if args.sample_every and (done % args.sample_every == 0 or done == args.steps):
+        if to_show:
             report.picture(ema, path, data, done)
         if halt:
             break
@@ -173,9 +180,10 @@ def make_path(args, before):
              k in ("times", "schedule", "weighting", "gamma", "clusters")}
     for k in given:
         if k not in names:
-            why = ": they weigh the error of a network that predicts noise; a flow weighs times by " \
-                "how often --times draws them" if k == "weighting" else ""
-            raise Refusal(f"--{k} is for --path {'ddpm' if kind == 'rf' else 'rf'}, not {kind}{why}")
+            other = "ddpm" if kind == "rf" else "rf"
+            why = {"weighting": ": it weighs the error of a network that predicts noise; a flow "
+                                "weighs times by how often --times draws them"}.get(k, "")
+            raise Refusal(f"--{k} is for --path {other}, not {kind}{why}")
     return {"rf": RectifiedFlow, "ddpm": DDPM}[kind](**(was["options"] | given))
 
 
@@ -186,7 +194,8 @@ def open_data(args, before):
                      args.latent_kind or was.get("latent_kind"), args.image_size or was.get("size"))
 
 
-SHARED = ("size", "patch", "channels", "classes", "dim", "depth", "heads", "learn_sigma", "time_scale")
+SHARED = ("size", "patch", "channels", "classes", "dim", "depth", "heads", "learn_sigma",
+          "time_scale")                             # what a model takes over from its dense parent
 
 
 def make_config(args, module, path, data, before):
@@ -294,7 +303,8 @@ def make_optimizers(args, module, model, path, device):
     else:
         groups = [dict(params=[p for p in model.parameters() if p.requires_grad])]
     fused = device.type in ("cpu", "cuda")
-    made = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0, fused=fused)]
+    made = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0,
+                              fused=fused)]
     if list(path.parameters()):
         made.append(torch.optim.AdamW(path.param_groups(), fused=fused))
     return [(o, [g["lr"] for g in o.param_groups]) for o in made]
@@ -320,10 +330,28 @@ def average(stats, world):
 
 @torch.no_grad()
 def update_ema(ema, model, decay):
-    """Weights: a moving average, short at first. Buffers (Race-DiT's tau) are copied."""
+    """Weights: a moving average, short at first. Buffers are copied; see also settle()."""
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
     for mine, theirs in zip(ema.buffers(), model.buffers()):
         mine.copy_(theirs)
+
+
+@torch.no_grad()
+def settle(ema, path, loss_of, fetch, step, device, world, batches=16):
+    """Before averaged weights are used: let buffers that learn (Race-DiT's tau) learn from them.
+
+    Copied from the weights in training they are a little off: an averaged router scores less
+    extremely, and with its owner's tau a token would get 6 % fewer experts than k (measured)."""
+    for b in ema.buffers():
+        b.fill_(math.nan)                           # forget: the next update is taken as it is
+    stats = defaultdict(float)
+    ema.train()
+    for i in range(batches):
+        for x0, y, draw in fetch(step + i)[:1]:
+            _, aux = loss_of(path, ema, x0.to(device), y.to(device), step, draw.to(device))
+            for k in (k for k in aux if k.endswith("_stat")):
+                stats[k] = stats[k] + aux[k] / batches
+    ema.eval().update_buffers(average(stats, world))
 
 
 # ------------------------------------------------------------------------ machines
@@ -360,8 +388,8 @@ def wants_bf16(amp, device):
 
 
 def keep_memory():
-    """glibc gives large blocks back to the kernel at every free() and gets them back, zeroed, at the
-    next malloc(). A training step asks for the same blocks each time: keeping them saves a tenth."""
+    """glibc gives large blocks back to the kernel at every free(), to get them back, zeroed, at the
+    next malloc(). A training step always asks for the same blocks: keeping them saves a tenth."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-3, 1 << 30), libc.mallopt(-1, 1 << 30)    # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
@@ -411,7 +439,8 @@ def save(args, rank, path, data, model, ema, optimizers, step, sums):
         write_checkpoint(file, content)
 
 
-RECIPE = ("seed", "batch", "lr", "warmup", "cooldown", "beta2", "ema", "clip", "drop")    # what a resumed run must share
+# what a resumed run must share with its beginning
+RECIPE = ("seed", "batch", "lr", "warmup", "cooldown", "beta2", "ema", "clip", "drop")
 
 
 def write_checkpoint(file, content):
@@ -460,7 +489,7 @@ def check_same_run(args, saved, module, cfg, path, data):
                 **{k: vars(args)[k] for k in RECIPE})
     for k in theirs:
         if ours.get(k, theirs[k]) != theirs[k]:
-            raise Refusal(f"--resume: {k} was {theirs[k]}, now {ours[k]}; keep it, or use another --out")
+            raise Refusal(f"--resume: {k} was {theirs[k]}, now {ours[k]}; keep it or change --out")
 
 
 def restore(saved, model, ema, optimizers, path):
@@ -606,7 +635,7 @@ def parse_args(argv):
     p.add_argument("--path", choices=("rf", "ddpm"), help="rectified flow (default) or DDPM")
     p.add_argument("--times", choices=("uniform", "logit-normal"), help="rf: how training draws t")
     p.add_argument("--schedule", choices=("linear", "cosine"), help="ddpm: noise schedule")
-    p.add_argument("--weighting", choices=("none", "min-snr", "p2", "ant-uw"), help="ddpm: of the loss")
+    p.add_argument("--weighting", choices=("none", "min-snr", "p2", "ant-uw"), help="ddpm: of times")
     p.add_argument("--gamma", type=real, help="of min-snr (5) and p2 (1)")
     p.add_argument("--clusters", type=count, help="of ant-uw (8)")
     p.add_argument("--steps", type=count)
@@ -614,10 +643,10 @@ def parse_args(argv):
     p.add_argument("--lr", type=real)
     p.add_argument("--warmup", type=number(int, 0), help="steps until the full learning rate")
     p.add_argument("--beta2", type=number(float, 0, 0.9999999), help="of AdamW")
-    p.add_argument("--cooldown", type=number(float, 0, 1), help="last share of the run: lr falls to 0")
+    p.add_argument("--cooldown", type=number(float, 0, 1), help="lr falls to 0 in this last share")
     p.add_argument("--ema", type=number(float, 0, 1), help="decay of the averaged weights")
     p.add_argument("--clip", type=real, help="largest gradient norm, 0: none")
-    p.add_argument("--drop", type=number(float, 0, 1), default=0.1, help="share of labels forgotten")
+    p.add_argument("--drop", type=number(float, 0, 1), default=0.1, help="share of labels hidden")
     p.add_argument("--seed", type=number(int, 0), default=0)
     p.add_argument("--out", type=Path, help="folder (default: runs/MODEL)")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, if it is there")
@@ -637,7 +666,7 @@ def parse_args(argv):
     args = p.parse_args(argv)
     if args.tiny == bool(args.size):
         raise Refusal("say --tiny or --size S/2 (one of them)")
-    for name, value in (TINY if args.tiny else PAPER).items():
+    for name, value in (PAPER if args.size else TUNE if args.init else TINY).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / args.model

@@ -16,6 +16,7 @@ import diffusion
 import dit
 import ditmoe
 import train
+from experiments import specialisation
 
 SMALL = replace(ditmoe.TINY, size=8, channels=2, patch=2, dim=32, depth=2, heads=4, experts=4,
                 learn_sigma=False)                                          # L = 16
@@ -486,9 +487,9 @@ def test_what_is_not_a_dense_dit_of_this_shape_is_refused():
 
 def test_information_is_0_for_independent_things_and_log_e_for_the_same_thing():
     independent = torch.tensor([[2, 4, 6], [1, 2, 3]])
-    assert ditmoe.information(independent).abs() < 1e-12
-    assert abs(ditmoe.information(5 * torch.eye(8, dtype=torch.long)) - 3) < 1e-12
-    assert abs(ditmoe.information(torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]])) - 1) < 1e-12
+    assert specialisation.information(independent).abs() < 1e-12
+    assert abs(specialisation.information(5 * torch.eye(8, dtype=torch.long)) - 3) < 1e-12
+    assert abs(specialisation.information(torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1]])) - 1) < 1e-12
 
 
 class Chooser:
@@ -508,14 +509,14 @@ class Chooser:
                                          ("class", lambda t, y, patch: y)])
 def test_experts_chosen_by_one_thing_tell_of_that_thing_and_of_nothing_else(cause, rule):
     labels = torch.arange(10).repeat(8)
-    recorder = ditmoe.Recorder(Chooser(rule), labels, steps=8)
+    recorder = specialisation.Recorder(Chooser(rule), labels, steps=8)
     for batch in labels.split(32):
         f = diffusion.guide(recorder, batch, 10, scale=2.0)
         for _ in diffusion.RectifiedFlow().trajectory(f, torch.zeros(len(batch), 2, 8, 8), steps=8):
             pass
     assert recorder.count[0].sum() == recorder.count[1].sum() == 2 * 80 * 8 * 16 * 2
     assert recorder.by_class[0].sum() == 2 * 80 * 8 * 16 * 2               # not the unlabelled half
-    for layer in ditmoe.statistics(recorder):
+    for layer in specialisation.statistics(recorder):
         told, chance = layer["information"], layer["by_chance"]
         for name in told:
             assert (told[name] > 1.5) == (name == cause), name
@@ -526,14 +527,14 @@ def test_experts_chosen_by_one_thing_tell_of_that_thing_and_of_nothing_else(caus
 
 
 def test_a_dead_expert_is_counted_and_step_0_is_the_noisiest():
-    recorder = ditmoe.Recorder(Chooser(lambda t, y, patch: torch.where(t == 8, 0, 2)),
+    recorder = specialisation.Recorder(Chooser(lambda t, y, patch: torch.where(t == 8, 0, 2)),
                                torch.arange(3), steps=8)
     f = diffusion.guide(recorder, torch.arange(3), 10)
     for _ in diffusion.RectifiedFlow().trajectory(f, torch.zeros(3, 2, 8, 8), steps=8):
         pass
     assert recorder.count[0, 0, 0].sum(0).tolist() == [48, 48, 0, 0, 0, 0, 0, 0]
     assert recorder.count[0, 0, 1].sum(0).tolist() == [0, 0, 48, 48, 0, 0, 0, 0]
-    assert ditmoe.statistics(recorder)[0]["dead"] == 4
+    assert specialisation.statistics(recorder)[0]["dead"] == 4
 
 
 @pytest.fixture
@@ -549,7 +550,7 @@ def checkpoint(tmp_path):
 
 
 def test_the_analysis_writes_three_heat_maps_a_map_and_the_numbers(checkpoint, capsys, tmp_path):
-    ditmoe.main([str(checkpoint("ditmoe", awake(moe_layers="deep"))), "--n", "2", "--steps", "3"])
+    specialisation.main([str(checkpoint("ditmoe", awake(moe_layers="deep"))), "--n", "2", "--steps", "3"])
     out = tmp_path / "experts"
     names = {"by_position.png", "by_step.png", "by_class.png", "map.png", "experts.json"}
     assert {f.name for f in out.iterdir()} == names
@@ -562,7 +563,7 @@ def test_the_analysis_writes_three_heat_maps_a_map_and_the_numbers(checkpoint, c
 def test_a_checkpoint_of_another_model_and_a_missing_one_are_refused(checkpoint, tmp_path, capsys,
                                                                        monkeypatch):
     with pytest.raises(train.Refusal, match="is a dit"):
-        ditmoe.main([str(checkpoint("dit", dit.DiT(DENSE)))])
+        specialisation.main([str(checkpoint("dit", dit.DiT(DENSE)))])
     monkeypatch.setattr(sys, "argv", ["ditmoe.py", str(tmp_path / "none.pt")])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(ROOT / "ditmoe.py"), run_name="__main__")

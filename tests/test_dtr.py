@@ -15,6 +15,7 @@ import diffusion
 import dit
 import dtr
 from conftest import wake
+from experiments import cka
 from test_official import close, golden, guided
 
 SMALL = dict(size=8, patch=2, channels=4, classes=10, dim=32, depth=2, heads=4)
@@ -425,7 +426,7 @@ class Toy(torch.nn.Module):
 def test_cka_of_single_channels_is_their_correlation_squared():
     first, second = torch.randn(50), 3 * torch.randn(50)
     x0 = torch.zeros(50, 1, 2, 2)
-    m = dtr.cka(Toy(first, second), diffusion.RectifiedFlow(), x0, torch.zeros(50), x0, n=4)
+    m = cka.cka(Toy(first, second), diffusion.RectifiedFlow(), x0, torch.zeros(50), x0, n=4)
     t = (torch.arange(4) + 0.5)[:, None] / 4
     assert torch.allclose(m[0], torch.corrcoef(first + t * second).square(), atol=1e-5)
 
@@ -433,14 +434,14 @@ def test_cka_of_single_channels_is_their_correlation_squared():
 def test_cka_is_one_for_times_that_a_block_cannot_tell_apart():
     model, _ = pair()
     x, _, y = inputs()
-    m = dtr.cka(model, diffusion.DDPM(), x, y, torch.randn_like(x), n=3)
+    m = cka.cka(model, diffusion.DDPM(), x, y, torch.randn_like(x), n=3)
     assert m.shape == (2, 3, 3) and torch.allclose(m, m.mT, atol=1e-5)
     assert torch.allclose(m.diagonal(dim1=1, dim2=2), torch.ones(2, 3)) and m.min() < 0.99
     assert not any(block._forward_hooks for block in model.blocks)
 
 
 def test_without_a_checkpoint_it_draws_the_masks(tmp_path):
-    dtr.main(["--out", str(tmp_path / "masks.png")])
+    cka.main(["--out", str(tmp_path / "masks.png")])
     page = np.array(Image.open(tmp_path / "masks.png"))
     last = page[24:264, -252:-12]                               # alpha 4: 240 x 240, dark is read
     read = last < 128
@@ -460,11 +461,11 @@ def test_checkpoints_are_compared_on_the_same_pictures(tmp_path, capsys):
         write_checkpoint(files[-1], dict(
             format=FORMAT, name=module.__name__, config=asdict(cfg), step=1, model=state, ema=state,
             path=dict(kind="rf", options={}), data=dict(source="digits")))
-    dtr.main([*map(str, files), "--n", "4", "--device", "cpu"])
+    cka.main([*map(str, files), "--n", "4", "--device", "cpu"])
     report = json.loads((tmp_path / "cka.json").read_text())
     assert [report[str(f)]["model"] for f in files] == ["dtr", "dit"]
     assert np.array(report[str(files[0])]["cka"]).shape == (2, 10, 10)
     assert Image.open(tmp_path / "cka.png").size == (2 * 132 + 12, 2 * 148 + 8)
     assert "block  1" in capsys.readouterr().out
     with pytest.raises(Refusal, match="no such file"):
-        dtr.main([str(tmp_path / "missing.pt")])
+        cka.main([str(tmp_path / "missing.pt")])

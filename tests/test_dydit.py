@@ -219,6 +219,17 @@ def test_without_noise_a_switch_is_on_where_its_logit_is_positive():
     assert dydit.decide(x, weight, torch.tensor([-1.0])).item() == pytest.approx(1e-3, rel=1e-3)
 
 
+def test_every_switch_flips_its_own_coin():
+    model = set_bias(dydit.DyDiT(SMALL), 0, 0, 0).train()
+    x, t, y = (v.repeat_interleave(100, 0) for v in inputs(SMALL, B=1))
+    masks = run(model, x, t, y)[1]
+    masks = torch.cat([masks["heads"][..., 1:], masks["groups"][..., 1:],
+                       masks["tokens"][..., 0]], -1)        # (100, N, 2(H-1) + L)
+    together = masks.flatten(1).T.corrcoef()                # of 100 flips each
+    assert masks.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert (together - torch.eye(len(together))).abs().max() < 0.6
+
+
 def test_a_closed_switch_still_learns():
     model = set_bias(wake(dydit.DyDiT(SMALL)), -9, -9, -9).train()
     out, aux = model(*inputs(SMALL, t=None))
@@ -349,15 +360,22 @@ def test_weights_cut_before_a_change_are_never_used_after_it(change):
     assert furthest(masked, sliced) < 2e-6 * max(1, masked.abs().max())
 
 
-def test_a_copied_model_does_not_keep_what_was_cut():
-    model, other = mixed(seed=0).requires_grad_(False), mixed(seed=1)
+def test_a_copied_or_moved_model_does_not_keep_what_was_cut():
+    def follow(model, times):
+        with torch.no_grad():
+            for _ in range(times):
+                torch._foreach_lerp_(list(model.parameters()), list(other.parameters()), 0.3)
+
+    model, other = copy.deepcopy(mixed(seed=0)).requires_grad_(False), mixed(seed=1)
+    follow(model, 3)                                        # every _version is 3
     run(model, *inputs(SMALL), fast=True)
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        for _ in range(20):                                 # through every version the key may hold
-            torch._foreach_lerp_(list(twin.parameters()), list(other.parameters()), 0.1)
-            masked = run(twin, *inputs(SMALL), fast=False)[0]
-            assert furthest(masked, run(twin, *inputs(SMALL), fast=True)[0]) < 1e-5
+    for times in range(6):                                  # and here it is 3 again, of other weights
+        twin = copy.deepcopy(model)
+        follow(twin, times)
+        masked, sliced = (run(twin, *inputs(SMALL), fast=fast)[0] for fast in (False, True))
+        assert furthest(masked, sliced) < 1e-5
+    assert any(b.mlp.kept[0] for b in model.blocks)
+    assert not any(b.mlp.kept[0] for b in model.double().blocks)
 
 
 def test_one_copy_is_cut_per_pattern_and_it_is_the_newest():

@@ -319,3 +319,28 @@ def test_k_of_e_experts_cost_what_the_dense_mlp_costs():
     L, D = 256, 768
     router = cfg.depth * L * (D * D + D * cfg.experts) / 1e9
     assert racedit.cost(cfg)["GMAC"] - router == pytest.approx(dit.cost(dit.size("B/2"))["GMAC"])
+
+
+# ---- the paper's two measures of balance (experiments/race.py)
+
+
+@pytest.mark.parametrize("k, violation, usage", [(1, 1 / 3, 50.0), (2, 1 / 3, 100 * 5 / 6)])
+def test_balance_measures_have_the_values_worked_by_hand(k, violation, usage):
+    from experiments import race
+    M = won(S, k, "race")
+    assert race.max_violation(M.mT @ M) == pytest.approx(violation)
+    assert race.combination_usage(M.mT @ M) == pytest.approx(usage)
+
+
+def test_even_loads_can_hide_pairs_that_always_win_together():
+    from experiments import race
+    for words, usage in (("1100 1100 0011 0011", 100 / 6), ("1100 0110 0011 1001", 50.0),
+                         ("1100 1010 1001 0110 0101 0011", 100 * 5 / 6)):
+        M = torch.tensor([[int(c) for c in w] for w in words.split()]).double()
+        assert race.max_violation(M.mT @ M) == 0
+        assert race.combination_usage(M.mT @ M) == pytest.approx(usage)
+
+
+def test_perfectly_uniform_pairs_use_about_95_percent_of_32_experts_pairs():
+    from experiments import race
+    assert race.combination_usage(torch.ones(32, 32)) == pytest.approx(100 * 471 / 496)
