@@ -225,7 +225,8 @@ class DDPM(nn.Module):
         ddpm: ancestral, fresh noise at each step. ddim: eta 0 draws none, eta 1 is close to ddpm.
         dpm++: second order (2M), made for 10-30 steps. noise(i) -> the normal numbers of step i,
         counted from 0. The network is told the ORIGINAL step, whatever steps are left out."""
-        kept = respace(self.T, steps, solver)                           # original steps, ascending
+        kept = even_in_log_snr(self.abar, steps) if solver == "dpm++" else \
+            respace(self.T, steps, solver)                              # original steps, ascending
         level = self.abar[kept]                                         # abar of the steps kept
         table = coefficients(level).to(x)
         noise = noise or (lambda i: torch.randn_like(x))
@@ -270,6 +271,17 @@ def respace(T, steps, solver="ddpm"):
     if steps == 1:
         return [T - 1]
     return [round(i * (T - 1) / (steps - 1)) for i in range(steps)]
+
+
+def even_in_log_snr(abar, steps):
+    """The steps for DPM-Solver++, evenly spread in lambda = log(alpha / sigma). Evenly spread in time,
+    the last of 20 would cross a fifth to a third of lambda's range and spoil the others' work.
+    Steps that fall together are kept once, so there may be a few less."""
+    if not 1 <= steps <= len(abar):
+        raise ValueError(f"{steps} sampling steps: between 1 and {len(abar)}")
+    lam = 0.5 * torch.log(abar / (1 - abar))                            # (T,) falling
+    goals = torch.linspace(lam[0], lam[-1], max(steps, 2), dtype=lam.dtype)[-steps:]
+    return sorted({int((lam - goal).abs().argmin()) for goal in goals})
 
 
 NAMES = "abar sqrt_abar sqrt_1m_abar log_beta log_beta_tilde mean_x0 mean_x".split()

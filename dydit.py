@@ -41,10 +41,9 @@ Differences from the paper (P) and the official code (C)
 - route = "random", P's control, is our reading: a coin per switch and time, lambda on average.
 - Attention is the fused kernel; C writes out the softmax."""
 
-import argparse
 import math
+import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -505,34 +504,6 @@ def cost(cfg):
             "GMAC at the target": (cfg.target * blocks + rest + routers) / 1e9}
 
 
-# ----------------------------------------------------------------------- python dydit.py CHECKPOINT
-
-
-@torch.no_grad()
-def timetable(model, columns=200):
-    """Figure 5 as pictures (2, 1, N * (H + 1), columns) in [-1, 1]: heads, and groups. A row is a
-    head or group (white: on), a grey line ends a block, the first block is on top. Left: t = 0."""
-    t = torch.linspace(0, 1, columns, device=model.pos_embed.device)
-    width, _ = model.given(t, complete=False)
-    on = model.widths(model.t_embedder(t)) if width[0] is None else torch.stack(width, dim=1)
-    on = on.unflatten(2, (2, -1)).permute(2, 1, 3, 0) * 2 - 1                 # (2, N, H, columns)
-    return F.pad(on, (0, 0, 0, 1)).flatten(1, 2)[:, None].float().cpu()
-
-
-def main(argv=None):
-    from sample import load, maps, write_grid
-    p = argparse.ArgumentParser(prog="dydit.py", description="Figures 5 and 6 of the paper.")
-    p.add_argument("checkpoint", type=Path)
-    p.add_argument("--out", type=Path, help="a folder (default: the checkpoint's)")
-    args = p.parse_args(argv)
-    model, path, _ = load(args.checkpoint)
-    out = args.out or args.checkpoint.parent
-    write_grid(out / "timetable.png", timetable(model), columns=2, zoom=4)
-    maps(out / "tokens.png", model, path, torch.arange(6) % max(model.cfg.classes, 1), lambda x: x)
-    print(f"{out / 'timetable.png'}: heads and groups that are on, by block and time (figure 5)")
-    print(f"{out / 'tokens.png'}: x_t and the compute of its tokens, from noise to data (figure 6)")
-
-
 # ------------------------------------------------------ plain DiT parts, the same in every file
 # ------------------------------------------------- (tests/test_shared.py fails when they drift)
 
@@ -664,5 +635,6 @@ def read_official(state, heads):
         learn_sigma=len(state["final_layer.linear.bias"]) == 2 * patch**2 * channels)
 
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__":                              # python dydit.py CKPT: figures 5 and 6
+    from experiments.timetable import cli
+    sys.exit(cli(sys.argv[1:]))

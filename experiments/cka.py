@@ -57,15 +57,18 @@ def compare(args):
     for file in args.checkpoints:
         model, path, saved = load(file, device=args.device)
         data, c = data or load_data(saved["data"]["source"], "test"), model.cfg
+        if saved["name"] not in ("dit", "dtr"):
+            raise Refusal(f"{file} is a {saved['name']}: only dit and dtr are compared")
         if (c.size, c.channels, c.classes) != (data.size, data.channels, data.classes):
-            raise ValueError(f"{file} was not trained on pictures like {data.source}")
+            raise Refusal(f"{file} was not trained on pictures like {data.source}")
         ids = torch.linspace(0, len(data) - 1, args.n).long()
         x0, y = data.batch(ids)
         noise = index_noise(args.seed, ids.tolist(), x0.shape[1:])
         maps = cka(model, path, *(v.to(args.device) for v in (x0, y, noise)))       # (N, n, n)
-        rows.append([(f"{saved['name']}, block {i}", m) for i, m in enumerate(maps)])
-        report[str(file)] = dict(model=saved["name"], step=saved["step"], cka=maps.tolist())
-        print(f"{file}: {saved['name']}. mean CKA of two clean | two noisy times")
+        name = f"dtr {c.route}" if saved["name"] == "dtr" else "dit"            # R-TR or DTR
+        rows.append([(f"{name}, block {i}", m) for i, m in enumerate(maps)])
+        report[str(file)] = dict(model=name, step=saved["step"], cka=maps.tolist())
+        print(f"{file}: {name}. mean CKA of two clean | two noisy times")
         for i, m in enumerate(maps):
             halves = ((h.sum() - len(h)) / (len(h) ** 2 - len(h)) for h in (m[:5, :5], m[5:, 5:]))
             print(f"  block {i:2}   " + " | ".join(f"{h:.3f}" for h in halves))
@@ -88,7 +91,7 @@ def draw(out, rows, side):
 
 def main(argv):
     p = Parser(prog="dtr.py", description="Draws the masks or, of checkpoints, CKA across time.")
-    p.add_argument("checkpoints", nargs="*", type=Path, help="of train.py, any model, one data set")
+    p.add_argument("checkpoints", nargs="*", type=Path, help="of train.py: dtr, dit")
     p.add_argument("--out", type=Path, help="PNG (default: masks.png; cka.png beside the first)")
     p.add_argument("--n", type=number(int, 1), default=32, help="pictures")
     p.add_argument("--seed", type=number(int, 0), default=0)

@@ -463,7 +463,7 @@ def test_checkpoints_are_compared_on_the_same_pictures(tmp_path, capsys):
             path=dict(kind="rf", options={}), data=dict(source="digits")))
     cka.main([*map(str, files), "--n", "4", "--device", "cpu"])
     report = json.loads((tmp_path / "cka.json").read_text())
-    assert [report[str(f)]["model"] for f in files] == ["dtr", "dit"]
+    assert [report[str(f)]["model"] for f in files] == ["dtr window", "dit"]
     assert np.array(report[str(files[0])]["cka"]).shape == (2, 10, 10)
     assert Image.open(tmp_path / "cka.png").size == (2 * 132 + 12, 2 * 148 + 8)
     assert "block  1" in capsys.readouterr().out

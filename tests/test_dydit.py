@@ -12,6 +12,7 @@ import diffusion
 import dit
 import dydit
 from conftest import wake
+from experiments.timetable import timetable
 from test_official import close, golden
 
 SMALL = replace(dydit.TINY, size=16, patch=2, dim=64, depth=3, heads=4)      # 64 tokens
@@ -565,7 +566,7 @@ def test_a_bf16_network_runs_on_both_paths():
 
 def test_the_timetable_shows_every_head_and_group_at_every_time():
     model = mixed()
-    heads, groups = dydit.timetable(model, columns=9)       # (1, N * (H + 1), columns)
+    heads, groups = timetable(model, columns=9)       # (1, N * (H + 1), columns)
     aux = run(model, *inputs(SMALL, t=0.5))[1]
     assert heads.shape == groups.shape == (1, 3 * 5, 9)
     assert torch.equal(heads[0, :, 4].view(3, 5)[:, :4], aux["heads"][0] * 2 - 1)

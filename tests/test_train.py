@@ -51,9 +51,13 @@ def train(out, *options, model="racedit", steps=4, **kw):
     return run("train.py", "--model", model, "--tiny", *FAST, "--steps", steps, "--out", out, *options, **kw)
 
 
+def numbers(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
 def losses(out):
-    lines = [json.loads(l) for l in (out / "metrics.jsonl").read_text().splitlines()]
-    return {l["step"]: {k: v for k, v in l.items() if k == "loss" or k.endswith("_loss")} for l in lines}
+    return {n["step"]: {k: v for k, v in n.items() if k == "loss" or k.endswith("_loss")}
+            for n in numbers(out)}
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +127,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
     for name, options in (("one", []), ("four", ["--accum", "4"])):
         train(tmp_path / name, *options, "--amp", "off", model="dit")
-    one, four = losses(tmp_path / "one"), losses(tmp_path / "four")
-    assert all(abs(one[s]["loss"] - four[s]["loss"]) < 1e-5 for s in one)
+    one, four = (numbers(tmp_path / name) for name in ("one", "four"))
+    assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in zip(one, four))
+    assert all(abs(a["grad_norm"] - b["grad_norm"]) < 1e-4 for a, b in zip(one, four))
 
 
 def test_checkpointing_changes_nothing_but_memory(runs, tmp_path):
@@ -194,6 +199,23 @@ def test_a_model_without_a_dense_start_refuses_init(tmp_path):
     _, error = train(tmp_path / "race", "--init", tmp_path / "dit/last.pt", code=2)
     assert "cannot start from it" in error
     train(tmp_path / "dtr", "--init", tmp_path / "dit/last.pt", model="dtr", steps=1)
+
+
+def test_averaged_weights_move_a_little_and_buffers_are_copied():
+    ema, model = (torch.nn.BatchNorm1d(2) for _ in range(2))
+    model.weight.data += 1
+    model.running_mean += 5
+    train_module.update_ema(ema, model, 0.9)
+    assert ema.weight.tolist() == pytest.approx([1.1, 1.1]) and ema.running_mean.tolist() == [5, 5]
+
+
+def test_a_picture_depends_on_seed_and_index_not_on_how_many_are_drawn_together(runs):
+    model, path, _ = sample.load(runs[0] / "last.pt")
+    labels = torch.arange(7)
+    together = sample.generate(model, path, labels, steps=3)
+    in_parts = sample.generate(model, path, labels, steps=3, batch=3)
+    assert (together - in_parts).abs().max() < 1e-5
+    assert (together - sample.generate(model, path, labels, seed=1, steps=3)).abs().max() > 0.1
 
 
 def test_progress_is_also_a_picture(tmp_path):

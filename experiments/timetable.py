@@ -1,0 +1,52 @@
+"""What DyDiT learned to switch off: figures 5 and 6 of the paper.
+
+    python dydit.py runs/dydit/last.pt          timetable.png and tokens.png beside the checkpoint
+
+timetable.png: heads (left) and groups of MLP channels (right). Left edge data, t = 0; right edge
+noise, t = 1. A row is a head or a group, white where it is on; a grey line ends a block, first on top.
+tokens.png: x_t from noise to data and, below, the compute of its tokens (sample.maps)."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from sample import load, maps, write_grid
+from train import Refusal
+
+
+@torch.no_grad()
+def timetable(model, columns=200):
+    """-> (2, 1, N * (H + 1), columns) in [-1, 1]: heads, groups. Asks the routers, runs no block."""
+    t = torch.linspace(0, 1, columns, device=model.pos_embed.device)
+    width, _ = model.given(t, complete=False)
+    on = model.widths(model.t_embedder(t)) if width[0] is None else torch.stack(width, dim=1)
+    on = on.unflatten(2, (2, -1)).permute(2, 1, 3, 0) * 2 - 1                   # (2, N, H, columns)
+    return F.pad(on, (0, 0, 0, 1)).flatten(1, 2)[:, None].float().cpu()
+
+
+def main(argv):
+    p = argparse.ArgumentParser(prog="dydit.py", description="Draws figures 5 and 6 of the paper.")
+    p.add_argument("checkpoint", type=Path)
+    p.add_argument("--out", type=Path, help="a folder (default: the checkpoint's)")
+    p.add_argument("--device", default="cpu")
+    args = p.parse_args(argv)
+    model, path, saved = load(args.checkpoint, device=args.device)
+    if saved["name"] != "dydit":
+        raise Refusal(f"{args.checkpoint} holds {saved['name']}, not dydit")
+    out, classes = args.out or args.checkpoint.parent, max(model.cfg.classes, 1)
+    write_grid(out / "timetable.png", timetable(model), columns=2, zoom=4)
+    print(f"{out / 'timetable.png'}: heads (left) and groups that are on, by time (data, noise)")
+    maps(out / "tokens.png", model, path, torch.arange(6) % classes, lambda x: x)
+    print(f"{out / 'tokens.png'}: x_t, and the compute of its tokens, from noise to data")
+
+
+def cli(argv):
+    try:
+        main(argv)
+        return 0
+    except (Refusal, ValueError, OSError) as e:
+        print(f"dydit.py: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
