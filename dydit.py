@@ -8,15 +8,15 @@
 4. A switch is exactly 0 or 1; its gradient is that of a noisy sigmoid (straight-through Gumbel).
    A FLOPs loss pulls the compute that is left towards a target share, lambda.
 5. Training computes everything and multiplies by masks. Sampling computes only what is on: all
-   pictures of a step share the time, hence the heads and groups, so weights are cut once per step.
+   pictures of a step share the time, hence heads and groups, so weights are sliced once per step.
 
-    E_t: time alone -+- attn_rate -> heads  1 . 1 1       known for all blocks before the first runs
-                     +- mlp_rate --> groups 1 1 . .
-                                                              token_selection -> tokens 1 . . 1 1 .
-                                                             |
-    x -+- norm, modulate - 3 of 4 heads - *gate1 -(+)-+-+-> only these: norm, modulate - 2 of 4
-       +-------------------------------------------+  |       groups of the MLP - *gate2 -(+)-
-                                                      +--------------------------------------+
+    E_t (time alone) -+- attn_rate -> heads  1 . 1 1      known for all blocks before the first runs
+                      +- mlp_rate --> groups 1 1 . .
+    x after attention --- token_selection --> tokens 1 . . 1 1 .
+
+    a block:  x -+- norm, modulate - attention - *gate1 -(+)-+- norm, modulate - MLP - *gate2 -(+)-
+                 |                 3 of 4 heads           |  |  3 of 6 tokens, 2 of 4 groups    |
+                 +----------------------------------------+  +----------------------------------+
 
 Letters: B batch, C channels, S side of the picture, P side of a patch, L = (S/P)^2 tokens, D width,
 H heads, and also groups of 4D/H MLP channels, N depth, h heads and g groups that are on, M tokens
@@ -76,6 +76,7 @@ class Config:
     route: str = "both"         # both | width (TDW only) | tokens (SDT only) | random
 
 
+# The paper's start would not move in a few hundred steps: a router's logits change with D and lr.
 TINY = Config(size=28, patch=4, channels=1, classes=10, dim=128, depth=6, heads=4,
               ramp=150, hold=20, head_bias=10.0, channel_bias=10.0, token_bias=10.0, router_lr=30.0)
 SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, heads=12),
@@ -150,7 +151,7 @@ def decide(x, weight, bias):
 
 class WidthRouter(nn.Module):
     """E_t (B, D) -> which heads, or groups of channels, are on (B, H). It does not see the label,
-    so the two halves of guidance can share the weights that are cut."""
+    so that the two halves of guidance share the sliced weights."""
 
     full_precision = True                               # to train.py: no bf16 for these weights
 
@@ -161,7 +162,7 @@ class WidthRouter(nn.Module):
 
     def forward(self, emb, u=None):
         logit = decide(emb, self.router.weight, self.router.bias)             # (B, H-1)
-        u = u if u is None else u[:, -logit.shape[1]:]
+        u = u if u is None else u[:, self.heads - logit.shape[1] :]
         return first_on(gate(logit, u, self.tau), self.heads)                       # (B, H)
 
 
@@ -185,13 +186,13 @@ class TokenRouter(nn.Module):
         return gate(decide(x, last.weight, last.bias).squeeze(-1), u, self.tau)     # (B, L)
 
 
-# ------------------------------------------------------------- layers that can be cut down in width
+# ------------------------------------------------------------- layers that can be sliced to a width
 
 
-class Cut(nn.Module):
-    """A layer that can work with a part of its weights.
+class Sliceable(nn.Module):
+    """A layer that can work with the part of its weights that is on.
 
-    Copying that part is cheap, but a small batch notices, so the newest copy is kept: neighbouring
+    Copying that part takes 1 or 2 % of a block's time, so the newest copy is kept: neighbouring
     times often switch alike. It is the one thing in this suite that a module keeps besides
     parameters and buffers. Only frozen weights are kept: a fused optimizer writes into a weight
     without raising its _version. Other changes show in the key (EMA and load_state_dict raise the
@@ -200,15 +201,17 @@ class Cut(nn.Module):
     kept = (None, None)                                 # key, parts
 
     @torch.no_grad()
-    def cut(self, on):
-        """on: the numbers of the heads or groups to keep, a tuple -> the parts of the weights."""
-        weights = list(self.parameters())
-        index = torch.tensor(on, dtype=torch.long, device=weights[0].device)
-        if any(p.requires_grad or p.is_inference() for p in weights):
-            return self.parts(index)
-        key = (on, *((id(p), p._version, p.data_ptr()) for p in weights))
-        if self.kept[0] != key:
-            self.kept = key, self.parts(index)
+    def weights(self, on):
+        """on: the numbers of the heads or groups that are on, a tuple, or None for all."""
+        whole = self.whole()
+        if on is None or len(on) == self.heads:
+            return whole
+        learns = any(w.requires_grad or w.is_inference() for w in whole)
+        key = None if learns else (on, *((id(w), w._version, w.data_ptr()) for w in whole))
+        if learns or self.kept[0] != key:
+            parts = self.parts(torch.tensor(on, dtype=torch.long, device=whole[0].device))
+            self.kept = (None, None) if learns else (key, parts)
+            return parts
         return self.kept[1]
 
     def _apply(self, *args, **kwargs):
@@ -216,7 +219,7 @@ class Cut(nn.Module):
         return super()._apply(*args, **kwargs)
 
 
-class DynamicAttention(Cut):
+class DynamicAttention(Sliceable):
     """A head that is off loses its rows of W_q, W_k, W_v and its columns of W_o. Softmax is per
     head, so the others do not notice. The bias b_o is always added."""
 
@@ -226,48 +229,54 @@ class DynamicAttention(Cut):
         self.qkv = nn.Linear(cfg.dim, 3 * cfg.dim)
         self.proj = nn.Linear(cfg.dim, cfg.dim)
 
+    def whole(self):
+        return self.qkv.weight, self.qkv.bias, self.proj.weight
+
     def parts(self, on):
         """-> (3hD/H, D), (3hD/H,), (D, hD/H)"""
-        H, D = self.heads, self.proj.out_features
-        return (self.qkv.weight.view(3, H, -1).index_select(1, on).view(-1, D),
-                self.qkv.bias.view(3, H, -1).index_select(1, on).flatten(),
-                self.proj.weight.view(D, H, -1).index_select(1, on).flatten(1))
+        wqkv, bqkv, wo = self.whole()
+        H, D = self.heads, len(wo)
+        return (wqkv.view(3, H, -1).index_select(1, on).view(-1, D),
+                bqkv.view(3, H, -1).index_select(1, on).flatten(),
+                wo.view(D, H, -1).index_select(1, on).flatten(1))
 
     def forward(self, x, mask=None, on=None):
         """x (B, L, D) with mask (B, H), or with the numbers of heads that are on -> (B, L, D)."""
-        (B, L, D), H = x.shape, self.heads
-        whole = self.qkv.weight, self.qkv.bias, self.proj.weight
-        wqkv, bqkv, wo = whole if on is None or len(on) == H else self.cut(on)
-        qkv = F.linear(x, wqkv, bqkv).view(B, L, 3, H if on is None else len(on), D // H)
+        (B, L, D), h = x.shape, self.heads if on is None else len(on)
+        wqkv, bqkv, wo = self.weights(on)
+        qkv = F.linear(x, wqkv, bqkv).view(B, L, 3, h, D // self.heads)       # (B, L, 3, h, D/H)
         x = attend(*qkv.permute(2, 0, 3, 1, 4))                               # (B, h, L, D/H)
         x = x if mask is None else x * mask[:, :, None, None].to(x.dtype)
         return F.linear(x.transpose(1, 2).flatten(2), wo, self.proj.bias)           # (B, L, D)
 
 
-class DynamicMlp(Cut):
+class DynamicMlp(Sliceable):
     """4D channels in H groups. A group that is off loses its rows of W_1, b_1 and its columns of
     W_2: its mask comes before GELU, and GELU(0) = 0. The bias b_2 is always added."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.groups = cfg.heads
+        self.heads = cfg.heads                          # as many groups
         self.fc1 = nn.Linear(cfg.dim, 4 * cfg.dim)
         self.fc2 = nn.Linear(4 * cfg.dim, cfg.dim)
 
+    def whole(self):
+        return self.fc1.weight, self.fc1.bias, self.fc2.weight
+
     def parts(self, on):
         """-> (4gD/H, D), (4gD/H,), (D, 4gD/H)"""
-        G, D = self.groups, self.fc2.out_features
-        return (self.fc1.weight.view(G, -1).index_select(0, on).view(-1, D),
-                self.fc1.bias.view(G, -1).index_select(0, on).flatten(),
-                self.fc2.weight.view(D, G, -1).index_select(1, on).flatten(1))
+        w1, b1, w2 = self.whole()
+        H, D = self.heads, len(w2)
+        return (w1.view(H, -1).index_select(0, on).view(-1, D),
+                b1.view(H, -1).index_select(0, on).flatten(),
+                w2.view(D, H, -1).index_select(1, on).flatten(1))
 
     def forward(self, x, mask=None, on=None):
         """x (B, L, D) with mask (B, H), or (M, D), too, with the groups that are on -> like x."""
-        whole = self.fc1.weight, self.fc1.bias, self.fc2.weight
-        w1, b1, w2 = whole if on is None or len(on) == self.groups else self.cut(on)
+        w1, b1, w2 = self.weights(on)
         x = F.linear(x, w1, b1)                                               # (B, L, 4gD/H)
         if mask is not None:
-            x = x * mask.repeat_interleave(x.shape[-1] // self.groups, 1)[:, None].to(x.dtype)
+            x = x * mask.repeat_interleave(x.shape[-1] // self.heads, 1)[:, None].to(x.dtype)
         return F.linear(F.gelu(x, approximate="tanh"), w2, self.fc2.bias)
 
 
@@ -302,7 +311,7 @@ class Block(nn.Module):
         return x, heads, groups, tokens
 
     def width(self, emb, u):
-        H = self.mlp.groups
+        H = self.mlp.heads
         u1, u2 = (u, u) if u is None else (u[:, :H], u[:, H : 2 * H])
         return self.attn_rate(emb, u1), self.mlp_rate(emb, u2)                      # 2 x (B, H)
 
@@ -312,17 +321,18 @@ class Block(nn.Module):
         x (B, L, D), c (B, D), tokens (B, L) instead of the router's -> x, tokens"""
         six = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                    # 6 x (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = six
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), on=heads)
+        u = torch.addcmul(shift1, self.norm1(x), 1 + scale1)    # modulate(), but one pass over x
+        x = torch.addcmul(x, gate1, self.attn(u, on=heads))                         # (B, L, D)
         tokens = self.token_selection(x) if tokens is None else tokens
         rows = tokens.flatten().nonzero().squeeze(1)    # (M,) of B*L; the host waits for a GPU
         if len(rows) == tokens.numel():
-            x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2), on=groups)
-            return x, tokens
+            u = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
+            return torch.addcmul(x, gate2, self.mlp(u, on=groups)), tokens
         picture = rows // x.shape[1]                                                # (M,) of B
         shift2, scale2, gate2 = (v[:, 0].index_select(0, picture) for v in (shift2, scale2, gate2))
-        some = self.norm2(x.flatten(0, 1).index_select(0, rows))                    # (M, D)
-        some = gate2 * self.mlp(modulate(some, shift2, scale2), on=groups)          # (M, D)
-        return x.flatten(0, 1).index_add(0, rows, some.to(x.dtype)).view_as(x), tokens
+        u = self.norm2(x.flatten(0, 1).index_select(0, rows))                       # (M, D)
+        u = gate2 * self.mlp(torch.addcmul(shift2, u, 1 + scale2), on=groups)       # (M, D)
+        return x.flatten(0, 1).index_add(0, rows, u.to(x.dtype)).view_as(x), tokens
 
 
 class DyDiT(nn.Module):
@@ -331,7 +341,7 @@ class DyDiT(nn.Module):
     prediction (B, C, S, S), or (B, 2C, S, S) with learn_sigma. aux: the masks "heads", "groups"
     (B, N, H), "tokens" (B, N, L, 1); "map" (N, B, L), what each token cost; "flops" (B,), its mean.
     noise (B, N, 2H + L): uniform numbers for the switches in training; without it torch draws them.
-    complete: every switch is on. fast: True cuts, False masks, None cuts where that is possible."""
+    complete: every switch is on. fast: True slices, False masks, None slices where it can."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -371,8 +381,8 @@ class DyDiT(nn.Module):
                 masks.append(mask)
         heads, groups, tokens = (torch.stack(m, dim=1) for m in zip(*masks))        # (B, N, H or L)
         spent = spend(heads, groups, tokens, self.cfg)                              # (B, N, L)
-        aux = dict(map=spent.transpose(0, 1), flops=spent.mean((1, 2)), heads=heads, groups=groups,
-                   tokens=tokens[..., None])
+        aux = dict(map=torch.stack(spent.unbind(1)), flops=spent.mean((1, 2)),    # (N, B, L), (B,)
+                   heads=heads, groups=groups, tokens=torch.stack([tokens], dim=-1))
         return unpatchify(self.final_layer(x, c), self.cfg), aux              # (B, C or 2C, S, S)
 
     def given(self, t, complete):
@@ -387,12 +397,12 @@ class DyDiT(nn.Module):
                 tokens if every or route == "width" else [None] * N)
 
     def plan(self, emb, width, fast):
-        """Cut or mask? -> N x (numbers of heads, numbers of groups), or None to mask; width masks.
+        """Slice or mask? -> N x (numbers of heads, numbers of groups) or None, and the width masks.
 
-        Cut when nothing is learned and the batch agrees on the width: all sampling, guided or not.
+        Slice when nothing is learned and the batch agrees on the width: that is all sampling.
         All routers of all blocks are one matrix product; the host gets the answer in one copy."""
         if fast and torch.is_grad_enabled():
-            raise ValueError("the cut path is for sampling: what it leaves out could not learn")
+            raise ValueError("the sliced path is for sampling: what it leaves out could not learn")
         sharded = hasattr(self.blocks[0].mlp.fc1.weight, "placements")        # FSDP: only a part
         learns = self.training or torch.is_grad_enabled()
         if fast is False or fast is None and (learns or sharded or emb.is_meta):
@@ -401,7 +411,7 @@ class DyDiT(nn.Module):
         agree = (width == width[:1]).all().view(1)
         agree, *on = torch.cat([agree, width[0].flatten() > 0]).tolist()
         if not agree and fast:
-            raise ValueError("the cut path needs a batch that agrees on its heads and groups")
+            raise ValueError("the sliced path needs a batch that agrees on its heads and groups")
         on = [on[i : i + self.cfg.heads] for i in range(0, len(on), self.cfg.heads)]    # 2N x H
         on = [tuple(i for i, yes in enumerate(row) if yes) for row in on]
         return list(zip(on[::2], on[1::2])) if agree else None, width.unbind(1)
@@ -410,7 +420,8 @@ class DyDiT(nn.Module):
         """E_t (B, D) -> heads and groups of all blocks (B, N, 2H): a sampler's timetable."""
         routers = [r.router for b in self.blocks for r in (b.attn_rate, b.mlp_rate)]
         weight, bias = torch.cat([r.weight for r in routers]), torch.cat([r.bias for r in routers])
-        mask = gate(decide(emb, weight, bias)).view(len(emb), len(self.blocks), 2, -1)
+        mask = gate(decide(emb, weight, bias))
+        mask = mask.view(len(emb), len(self.blocks), 2, len(routers[0].bias))
         return first_on(mask, self.cfg.heads).flatten(2)                      # from (B, N, 2, H-1)
 
 

@@ -105,10 +105,10 @@ def run(study, jobs, n):
     children = {v for v, (_, options, _) in variants.items() if any("parent=" in o for o in options)}
     for group in (set(variants) - children, children):
         with ThreadPoolExecutor(jobs) as pool:
-            todo = [pool.submit(one, v, s) for s in range(seeds) for v in variants
+            runs = [pool.submit(one, v, s) for s in range(seeds) for v in variants
                     if v in group and str(s) not in results.get(v, {})]
-            for t in todo:
-                t.result()
+            for r in runs:
+                r.result()
 
 
 def read(file):

@@ -3,7 +3,7 @@
     python dydit.py runs/dydit/last.pt          timetable.png and tokens.png beside the checkpoint
 
 timetable.png: heads (left) and groups of MLP channels (right). Left edge data, t = 0; right edge
-noise, t = 1. A row is a head or a group, white where it is on; a grey line ends a block, first on top.
+noise, t = 1. A row is a head or a group, white where it is on; grey lines part the blocks.
 tokens.png: x_t from noise to data and, below, the compute of its tokens (sample.maps)."""
 
 import argparse
@@ -19,7 +19,7 @@ from train import Refusal
 
 @torch.no_grad()
 def timetable(model, columns=200):
-    """-> (2, 1, N * (H + 1), columns) in [-1, 1]: heads, groups. Asks the routers, runs no block."""
+    """-> (2, 1, N * (H + 1), columns) in [-1, 1]: heads, groups. Asks routers, runs no block."""
     t = torch.linspace(0, 1, columns, device=model.pos_embed.device)
     width, _ = model.given(t, complete=False)
     on = model.widths(model.t_embedder(t)) if width[0] is None else torch.stack(width, dim=1)
@@ -37,7 +37,8 @@ def main(argv):
     if saved["name"] != "dydit":
         raise Refusal(f"{args.checkpoint} holds {saved['name']}, not dydit")
     out, classes = args.out or args.checkpoint.parent, max(model.cfg.classes, 1)
-    write_grid(out / "timetable.png", timetable(model), columns=2, zoom=4)
+    tables = timetable(model).repeat_interleave(3, dim=2)                       # rows 3 pixels high
+    write_grid(out / "timetable.png", tables, columns=2, gap=4, zoom=2)
     print(f"{out / 'timetable.png'}: heads (left) and groups that are on, by time (data, noise)")
     maps(out / "tokens.png", model, path, torch.arange(6) % classes, lambda x: x)
     print(f"{out / 'tokens.png'}: x_t, and the compute of its tokens, from noise to data")
