@@ -316,23 +316,28 @@ class Block(nn.Module):
         return self.attn_rate(emb, u1), self.mlp_rate(emb, u2)                      # 2 x (B, H)
 
     def sliced(self, x, c, heads, groups, tokens=None):
-        """Sampling: compute only what is on. heads, groups: tuples of numbers, for the whole batch.
+        """Sampling: compute only what is on, and write it into x: new memory is slow.
 
-        x (B, L, D), c (B, D), tokens (B, L) instead of the router's -> x, tokens"""
+        x (B, L, D), c (B, D), heads and groups: tuples of the numbers that are on, for the whole
+        batch; tokens (B, L): a mask instead of the router's.  -> x, tokens"""
         six = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                    # 6 x (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = six
-        u = torch.addcmul(shift1, self.norm1(x), 1 + scale1)    # modulate(), but one pass over x
-        x = torch.addcmul(x, gate1, self.attn(u, on=heads))                         # (B, L, D)
+        x.addcmul_(gate1, self.attn(modulate_(self.norm1(x), shift1, scale1), on=heads))
         tokens = self.token_selection(x) if tokens is None else tokens
         rows = tokens.flatten().nonzero().squeeze(1)    # (M,) of B*L; the host waits for a GPU
         if len(rows) == tokens.numel():
-            u = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
-            return torch.addcmul(x, gate2, self.mlp(u, on=groups)), tokens
-        picture = rows // x.shape[1]                                                # (M,) of B
+            x.addcmul_(gate2, self.mlp(modulate_(self.norm2(x), shift2, scale2), on=groups))
+            return x, tokens
+        flat, picture = x.view(-1, x.shape[-1]), rows // x.shape[1]                 # (B*L, D), (M,)
         shift2, scale2, gate2 = (v[:, 0].index_select(0, picture) for v in (shift2, scale2, gate2))
-        u = self.norm2(x.flatten(0, 1).index_select(0, rows))                       # (M, D)
-        u = gate2 * self.mlp(torch.addcmul(shift2, u, 1 + scale2), on=groups)       # (M, D)
-        return x.flatten(0, 1).index_add(0, rows, u.to(x.dtype)).view_as(x), tokens
+        u = modulate_(self.norm2(flat.index_select(0, rows)), shift2, scale2)       # (M, D)
+        flat.index_add_(0, rows, (gate2 * self.mlp(u, on=groups)).to(x.dtype))
+        return x, tokens
+
+
+def modulate_(x, shift, scale):
+    """modulate() into x, in one pass."""
+    return torch.addcmul(shift, x, 1 + scale, out=x)
 
 
 class DyDiT(nn.Module):
@@ -362,7 +367,7 @@ class DyDiT(nn.Module):
                 r.requires_grad_(cfg.route in ("both", mine))
 
     def forward(self, x, t, y, noise=None, complete=False, fast=None):
-        x = self.x_embedder(x) + self.pos_embed                                     # (B, L, D)
+        x = (self.x_embedder(x) + self.pos_embed).contiguous()                      # (B, L, D)
         emb = self.t_embedder(t)                                                    # (B, D), E_t
         c = emb + self.y_embedder(y)                                                # (B, D)
         N, switches = self.cfg.depth, 2 * self.cfg.heads + x.shape[1]

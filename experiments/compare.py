@@ -26,13 +26,13 @@ SOLVER = ["--solver", "ddim", "--steps", "25"]          # of the DDPM rows; flow
 # variant whose checkpoint of the same seed is the dense start.
 STUDIES = {
     "dtr": (3, {
-        "DiT": ("dit", [*DDPM, "--steps", "700"], SOLVER),
-        "DiT + random routing": ("dtr", [*DDPM, "--steps", "700", "--set", "route=random",
+        "DiT": ("dit", DDPM, SOLVER),
+        "DiT + random routing": ("dtr", [*DDPM, "--set", "route=random",
                                          "per_block=true"], SOLVER),
-        "DiT + DTR": ("dtr", [*DDPM, "--steps", "700"], SOLVER)}),
+        "DiT + DTR": ("dtr", DDPM, SOLVER)}),
     "weighting": (1, {
-        "Min-SNR": ("dtr", [*DDPM, "--steps", "700", "--weighting", "min-snr"], SOLVER),
-        "ANT-UW": ("dtr", [*DDPM, "--steps", "700", "--weighting", "ant-uw"], SOLVER)}),
+        "Min-SNR": ("dtr", [*DDPM, "--weighting", "min-snr"], SOLVER),
+        "ANT-UW": ("dtr", [*DDPM, "--weighting", "ant-uw"], SOLVER)}),
     "dydit": (3, {
         "dense": ("dit", FASHION, []),
         "lambda 0.7": ("dydit", ["--tiny", "parent=dense", "--set", "target=0.7"], []),
