@@ -60,22 +60,19 @@ PAPER = dict(steps=400_000, batch=256, lr=1e-4, warmup=0, cooldown=0.0, beta2=0.
 class Refusal(Exception):
     """Something that the user can mend: one line on stderr, exit code 2."""
 
+    everywhere = False                              # all processes raise it, so that one prints it
+
 
 def main(args):
     rank, world, device = join(args.device)
+    prepare_out(args, rank, world)
     torch.set_float32_matmul_precision("high")      # TF32 on GPUs that have it
     if device.type == "cpu":
         keep_memory()
         if (os.cpu_count() or 1) <= 2:              # measured on two cores: the many small products
             torch.set_num_threads(1)                # of a MoE run 1.3 x faster with one thread
     module = importlib.import_module(args.model)
-    saved = read_checkpoint(args.out / "last.pt") if args.resume and args.out_exists else None
-    dense = read_checkpoint(args.init) if args.init and not saved else None
-    path = make_path(args, saved or dense).to(device)
-    data = open_data(args, saved or dense)
-    cfg = make_config(args, module, path, data, saved or dense)
-    if saved:
-        check_same_run(args, saved, module, cfg, path, data)
+    saved, dense, path, data, cfg = together(partial(read_inputs, args, module, device), world)
 
     model, ema = make_models(args, module, cfg, dense, device)
     net = wrap(args, model, device)                 # compiled, DDP: the same weights inside
@@ -124,7 +121,7 @@ def main(args):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 settle(ema, path, loss_of, fetch, done, device, world)
         if to_save:
-            save(args, rank, path, data, model, ema, optimizers, done, report.sums)
+            save(args, rank, world, path, data, model, ema, optimizers, done, report.sums)
         if to_show:
             report.picture(ema, path, data, done)
         if halt:
@@ -168,6 +165,18 @@ def order(n, seed, start, stop):
 
 
 # ------------------------------------------------------------------------ what is trained
+
+
+def read_inputs(args, module, device):
+    """Everything that a user can have got wrong is read and checked before a model is made."""
+    saved = read_checkpoint(args.out / "last.pt") if args.resume and args.out_exists else None
+    dense = read_checkpoint(args.init) if args.init and not saved else None
+    path = make_path(args, saved or dense).to(device)
+    data = open_data(args, saved or dense)
+    cfg = make_config(args, module, path, data, saved or dense)
+    if saved:
+        check_same_run(args, saved, module, cfg, path, data)
+    return saved, dense, path, data, cfg
 
 
 def make_path(args, before):
@@ -378,6 +387,25 @@ def join(wanted):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def together(work, world):
+    """work() on every process. What one of them refuses, all refuse: a process that left alone
+    would let the others wait for it for ever."""
+    result = trouble = None
+    try:
+        result = work()
+    except (Refusal, ValueError, OSError) as e:
+        trouble = str(e) or type(e).__name__
+    if world > 1:
+        each = [None] * world
+        dist.all_gather_object(each, trouble)
+        trouble = next((t for t in each if t), None)
+    if trouble:
+        refusal = Refusal(trouble)
+        refusal.everywhere = True
+        raise refusal
+    return result
+
+
 def wants_bf16(amp, device):
     """--amp auto: bf16 where the hardware multiplies it. Measured on a CPU with avx512_bf16: a step
     takes 0.4-0.5 of its float32 time; on a CPU without, bf16 is emulated and slower."""
@@ -424,7 +452,7 @@ class Stop:
 # ------------------------------------------------------------------------ checkpoints
 
 
-def save(args, rank, path, data, model, ema, optimizers, step, sums):
+def save(args, rank, world, path, data, model, ema, optimizers, step, sums):
     """One file of plain types. Under FSDP all processes must come here: weights are gathered."""
     file = args.out / "last.pt"
     content = dict(
@@ -435,10 +463,10 @@ def save(args, rank, path, data, model, ema, optimizers, step, sums):
         path=dict(kind=path.kind, options=path.options, weights=path.state_dict(),
                   optimizer=[o.state_dict() for o, _ in optimizers[1:]]),
         data=dict(source=data.source, names=list(data.names), latent=data.latent,
-                  latent_kind=args.latent_kind, size=args.image_size), sums=sums,
+                  latent_kind=args.latent_kind, size=args.image_size),
+        sums=average(sums, world),                  # of all processes: others may go on
         recipe={k: vars(args)[k] for k in RECIPE})
-    if rank == 0:
-        write_checkpoint(file, content)
+    together(lambda: rank == 0 and write_checkpoint(file, content), world)
 
 
 # what a resumed run must share with its beginning
@@ -681,18 +709,27 @@ def parse_args(argv):
     return args
 
 
-def prepare_out(args):
+def prepare_out(args, rank, world):
+    """Process 0 makes room for the run; all are told whether there is a run to resume."""
+    found = [together(lambda: rank == 0 and make_room(args), world)]
+    if world > 1:
+        dist.broadcast_object_list(found)
+    args.out_exists = found[0]
+
+
+def make_room(args):
     """Make the folder; a new run moves an older one aside instead of writing over it."""
     try:
         args.out.mkdir(parents=True, exist_ok=True)
         probe = args.out / ".write"
         probe.touch(), probe.unlink()
-        args.out_exists = (args.out / "last.pt").exists()
-        if args.out_exists and not args.resume and int(os.environ.get("RANK", 0)) == 0:
+        found = (args.out / "last.pt").exists()
+        if found and not args.resume:
             for name in ("last.pt", "metrics.jsonl"):
                 if (args.out / name).exists():
                     os.replace(args.out / name, args.out / f"previous_{name}")
             print(f"an earlier run in {args.out} was kept as previous_last.pt", flush=True)
+        return found
     except OSError as e:
         raise Refusal(f"--out {args.out}: {e.strerror}") from None
 
@@ -706,10 +743,11 @@ def cli(argv):
             data = open_data(args, None) if args.data else None
             dry_run(args, module, make_config(args, module, make_path(args, None), data, None))
             return 0
-        prepare_out(args)
         return main(args)
     except (Refusal, ValueError, OSError) as e:
-        print(f"train.py: {' '.join(str(e).split())}", file=sys.stderr)
+        alone = dist.is_initialized() and not getattr(e, "everywhere", False)
+        if alone or os.environ.get("RANK", "0") == "0":
+            print(f"train.py: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

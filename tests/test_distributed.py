@@ -1,0 +1,197 @@
+"""Two processes do what one does. Starting processes costs seconds, so ONE torchrun launch runs all
+jobs of this file, one after the other: this file itself is the program that it starts."""
+
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+if __name__ == "__main__":                              # started by torchrun: conftest is not there
+    sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).parent)]
+
+import pytest
+import torch
+from conftest import ROOT, wake
+
+import data
+import racedit
+import train as train_module
+
+load_once = functools.cache(data.load)                  # rendering 20,000 digits takes a second
+
+MODELS = {                  # settings that make the model's own losses do something in five steps
+    "dit": [], "dtr": [], "ditmoe": ["alpha=0.1", "experts=4"],
+    "racedit": ["pool=global", "sim=0.1", "experts=4"],
+    "dydit": ["hold=0", "ramp=2", "complete=2", "head_bias=1", "channel_bias=1", "token_bias=1"]}
+COMMON = ("--tiny --steps 5 --batch 8 --lr 1e-3 --warmup 0 --cooldown 0 --log-every 1 "
+          "--sample-every 0 --device cpu --amp off").split()
+
+
+def command(out, model, *options):
+    return ["--model", model, *COMMON, "--out", str(out), *map(str, options),
+            "--set", "dim=32", "depth=2", "heads=2", *MODELS[model]]
+
+
+def jobs(top):
+    """name -> the command line of every process, all for two processes, in this order."""
+    both = {f"{model}-{engine}": command(top / f"{model}-{engine}", model, *flag)
+            for model in MODELS for engine, flag in (("ddp", []), ("fsdp", ["--fsdp"]))}
+    both |= {f"accum-{engine}": command(top / f"accum-{engine}", "dit", "--accum", 2, *flag)
+             for engine, flag in (("ddp", []), ("fsdp", ["--fsdp", "--checkpointing"]))}
+    both |= {"two-then-one": command(top / "two-then-one", "racedit", "--fsdp", "--steps", 3),
+             "one-then-two": command(top / "one-then-two", "dydit", "--fsdp", "--resume"),
+             "again": command(top / "accum-ddp", "dit", "--steps", 1),
+             "cannot-save": command(top / "cannot-save", "dit", "--steps", 1)}
+    alone = command(top / "refused", "dit"), command(top / "refused", "dit", "--data", "nowhere")
+    lost = command(top / "lost", "dtr", "--steps", 100_000, "--save-every", 2, "--log-every", 5)
+    return {name: (argv, argv) for name, argv in both.items()} | {"refused": alone, "lost": (lost, lost)}
+
+
+def race(top=None):
+    """A Race-DiT's choices on a batch of 8, or this process's half of it."""
+    cfg = racedit.Config(size=8, patch=2, dim=32, depth=2, heads=2, experts=4, k=1, pool="global")
+    model = wake(racedit.Model(cfg))
+    g = torch.Generator().manual_seed(1)
+    x, t, y = torch.randn(8, 4, 8, 8, generator=g), torch.rand(8, generator=g), torch.arange(8)
+    if top:
+        rank = int(os.environ["RANK"])
+        x, t, y = (v.chunk(2)[rank] for v in (x, t, y))
+    out, aux = model(x, t, y)
+    out.square().sum().backward()
+    seen = dict(map=aux["map"], load=aux["load"], last=aux["last_stat"], out=out.detach(),
+                grad=model.blocks[0].moe.experts.w1.grad)
+    if top:
+        torch.save(seen, top / f"race-{rank}.pt")
+    return seen
+
+
+def work(top):
+    """What each of the two processes does."""
+    torch.manual_seed(0)
+    rank = int(os.environ["RANK"])
+    (top / f"pid-{rank}").write_text(str(os.getpid()))
+    torch.distributed.init_process_group("gloo")
+    train_module.load_data = load_once
+    race(top)
+    for name, argv in jobs(top).items():
+        code = train_module.cli(argv[rank])
+        (top / f"{name}-{rank}.code").write_text(str(code))
+
+
+def one(out, model, *options):
+    assert train_module.cli(command(out, model, *options)) == 0
+
+
+def lines(out, file="metrics.jsonl"):
+    every = [json.loads(line) for line in (out / file).read_text().splitlines()]
+    return {n["step"]: {k: v for k, v in n.items() if k.endswith("loss")} for n in every}
+
+
+def agree(a, b, limit=1e-5):
+    assert list(a) == list(b)
+    for step in a:
+        assert a[step] == pytest.approx(b[step], abs=limit), step
+
+
+@pytest.fixture(autouse=True, scope="module")
+def digits_once():
+    train_module.load_data = load_once
+    yield
+    train_module.load_data = data.load
+
+
+@pytest.fixture(scope="module")
+def top(tmp_path_factory):
+    """The launch. At its end, process 1 is killed in the middle of a run."""
+    top = tmp_path_factory.mktemp("two")
+    one(top / "one-then-two", "dydit", "--steps", 3)
+    (top / "cannot-save/last.pt.tmp").mkdir(parents=True)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    p = subprocess.Popen([*launch, __file__, str(top)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    hung = threading.Timer(150, end, (p, top))
+    hung.start()
+    try:
+        text = []
+        for line in p.stdout:
+            text.append(line)
+            if line.startswith("step 5/100000"):
+                os.kill(int((top / "pid-1").read_text()), signal.SIGKILL)
+        p.wait(60)
+    finally:
+        hung.cancel()
+        end(p, top)
+    (top / "text").write_text("".join(text))
+    return top
+
+
+def end(p, top):
+    """torchrun gives every process a session of its own: to kill its group is not enough."""
+    p.kill()
+    for file in top.glob("pid-*"):
+        try:
+            os.kill(int(file.read_text()), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_processes_print_the_losses_of_one(top, tmp_path, model):
+    one(tmp_path, model)
+    for engine in ("ddp", "fsdp"):
+        agree(lines(top / f"{model}-{engine}"), lines(tmp_path))
+    assert len(set(n["loss"] for n in lines(tmp_path).values())) == 5
+
+
+def test_accumulated_gradients_of_two_processes_are_those_of_one(top, tmp_path):
+    one(tmp_path, "dit")
+    agree(lines(top / "accum-fsdp"), lines(tmp_path))
+    agree(lines(top / "accum-ddp", "previous_metrics.jsonl"), lines(tmp_path))
+
+
+def test_a_run_goes_on_with_another_number_of_processes(top, tmp_path):
+    one(top / "two-then-one", "racedit", "--resume")
+    for name, model in (("two-then-one", "racedit"), ("one-then-two", "dydit")):
+        one(tmp_path / name, model)
+        agree(lines(top / name), lines(tmp_path / name))
+
+
+def test_a_race_over_two_processes_chooses_what_one_chooses(top):
+    whole, parts = race(), [torch.load(top / f"race-{rank}.pt") for rank in range(2)]
+    assert torch.equal(torch.cat([p["map"] for p in parts], dim=1), whole["map"])
+    assert torch.equal(sum(p["load"] for p in parts), whole["load"])
+    assert len(whole["map"].unique()) > 2               # tokens differ: there is a race at all
+    for p in parts:
+        assert torch.allclose(p["last"], whole["last"], rtol=1e-5)
+    assert torch.allclose(torch.cat([p["out"] for p in parts]), whole["out"], atol=1e-5)
+    assert torch.allclose(sum(p["grad"] for p in parts), whole["grad"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name, word", [("refused", "nowhere"), ("cannot-save", "last.pt")])
+def test_what_one_process_refuses_ends_all_of_them(top, name, word):
+    assert [(top / f"{name}-{rank}.code").read_text() for rank in range(2)] == ["2", "2"]
+    said = [line for line in (top / "text").read_text().splitlines() if line.startswith("train.py:")]
+    assert sum(word in line for line in said) == 1
+
+
+def test_a_new_run_moves_the_old_one_aside_once(top):
+    assert [(top / f"again-{rank}.code").read_text() for rank in range(2)] == ["0", "0"]
+    assert train_module.read_checkpoint(top / "accum-ddp/previous_last.pt")["step"] == 5
+    assert train_module.read_checkpoint(top / "accum-ddp/last.pt")["step"] == 1
+
+
+def test_a_lost_process_leaves_a_checkpoint_to_go_on_from(top, tmp_path):
+    assert not (top / "lost-0.code").exists()           # it did not end by itself
+    done = train_module.read_checkpoint(top / "lost/last.pt")["step"]
+    assert done >= 4
+    one(top / "lost", "dtr", "--steps", done + 2, "--resume", "--log-every", 5)
+    one(tmp_path, "dtr", "--steps", done + 2, "--log-every", 5)
+    agree(lines(top / "lost"), lines(tmp_path))
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))
