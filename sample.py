@@ -4,22 +4,39 @@
     python sample.py runs/racedit/last.pt --film                how noise becomes pictures
     python sample.py runs/racedit/last.pt --maps                where the model spends its compute
     python sample.py runs/racedit/last.pt --n 2000 --npz s.npz  for evaluators: uint8 RGB and labels
+    python sample.py --official dit DiT-XL-2-256x256.pt --set heads=16 --vae VAE       theirs, too
+    torchrun --nproc-per-node 8 sample.py CKPT --n 50000 --npz s.npz    killed? the same line again
 
 Picture i is decided by (seed, i) and its class, whatever the batch: ask for 10 or for 10,000, the
-first 10 are the same. Read next: generate(), then walk()."""
+first 10 are the same. torchrun's processes take the batches in turn: the pictures of one process,
+to the bit. Read next: generate(), then walk()."""
 
+import argparse
+import hashlib
 import importlib
+import json
 import math
 import os
+import re
+import shutil
 import sys
+import zipfile
+from dataclasses import fields
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 from diffusion import DDPM, RectifiedFlow, guide, index_noise
-from train import MODELS, Parser, Refusal, number, read_checkpoint
+from train import (MODELS, Parser, Refusal, join, number, parse_setting, read_checkpoint, together)
+
+# What is released, and how its authors sample: the diffusion, and how many channels DDPM guides.
+# DiT-MoE's S and B are ddpm, XL and G rf; the files do not tell.
+OFFICIAL = {"dit": ("ddpm", 3), "ditmoe": (None, 3), "dydit": ("ddpm", 3), "dtr": ("ddpm", None)}
 
 STEPS = {"euler": 25, "heun": 13, "ddpm": 250, "ddim": 50, "dpm++": 20}  # when --steps is not given
 
@@ -35,6 +52,42 @@ def load(file, weights="ema", device="cpu"):
         raise Refusal(f"{file} does not fit {saved['name']}.py: {str(e).splitlines()[0]}") from None
     path = {"rf": RectifiedFlow, "ddpm": DDPM}[saved["path"]["kind"]](**saved["path"]["options"])
     return model.to(device).eval(), path.to(device), saved
+
+
+def load_official(name, file, kind, settings):
+    """A released checkpoint -> like load().
+
+    torch.load with weights_only builds tensors and plain types and runs no code. The authors'
+    training files also hold their command line, an argparse.Namespace: a bag of values without code
+    of its own, allowed for these files and nowhere else. Any other class is refused."""
+    module = importlib.import_module(name)
+    known = {f.name: f for f in fields(module.Config)}
+    given = dict(parse_setting(text, known) for text in settings)
+    kind = kind or OFFICIAL[name][0]
+    if not kind:
+        raise Refusal(f"--official {name}: say --path ddpm (released S and B) or rf (XL and G)")
+    if kind == "rf":
+        given = dict(time_scale=1.0) | given        # the released flows embed t in [0, 1] as it is
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(file, map_location="cpu", weights_only=True,
+                               mmap=zipfile.is_zipfile(file))
+    except FileNotFoundError:
+        raise Refusal(f"{file}: no such file") from None
+    except Exception as e:
+        found = re.search(r"GLOBAL (\S+)", str(e))
+        why = f"it holds {found[1]}, which could run code" if found else type(e).__name__
+        raise Refusal(f"{file} is not loaded: {why}; what is safe: tensors, plain types and "
+                      "argparse.Namespace") from None
+    try:
+        model = module.from_official(state, **given)
+    except (RuntimeError, KeyError, AttributeError, TypeError, IndexError) as e:
+        raise Refusal(f"{file} is not a released {name} checkpoint: "
+                      f"{str(e).splitlines()[0]}") from None
+    if model.cfg.dim % model.cfg.heads:
+        raise Refusal(f"--set heads={model.cfg.heads}: does not divide the width {model.cfg.dim}")
+    saved = dict(name=name, data=dict(source=str(file), latent=model.cfg.channels == 4))
+    return model, {"rf": RectifiedFlow, "ddpm": DDPM}[kind](), saved
 
 
 @torch.no_grad()
@@ -93,8 +146,8 @@ def to_uint8(x):
 
 
 def write_grid(file, x, columns=10, gap=2, zoom=None):
-    """Pictures (n, C, H, W) in [-1, 1], row by row, as one PNG."""
-    pictures = to_uint8(x)
+    """Pictures (n, C, H, W) in [-1, 1], or uint8 (n, H, W, 3), row by row, as one PNG."""
+    pictures = to_uint8(x) if torch.is_tensor(x) else x
     n, h, w, _ = pictures.shape
     rows = math.ceil(n / columns)
     sheet = np.full((rows * (h + gap) + gap, columns * (w + gap) + gap, 3), 255, np.uint8)
@@ -119,9 +172,22 @@ def write_whole(file, write):
         raise Refusal(f"cannot write {file}: {e.strerror or e}") from None
 
 
-def write_npz(file, x, labels):
-    """What ADM's evaluator reads: arr_0 uint8 NHWC RGB, arr_1 int64 labels."""
-    write_whole(file, lambda f: np.savez(f, arr_0=to_uint8(x), arr_1=labels.numpy().astype(np.int64)))
+def write_npz(file, pieces, labels):
+    """What ADM's evaluator reads: arr_0 uint8 NHWC RGB, arr_1 int64 labels.
+
+    pieces() yields the pictures, uint8 (n, H, W, 3), piece by piece: 50,000 of 256 x 256 are 10 GB,
+    more than one wants in memory. The same file as np.savez makes."""
+    def write(f):
+        with zipfile.ZipFile(f, "w") as z:
+            with z.open("arr_0.npy", "w", force_zip64=True) as arr:
+                shape = (len(labels), *next(pieces()).shape[1:])
+                np.lib.format.write_array_header_1_0(
+                    arr, dict(descr="|u1", fortran_order=False, shape=shape))
+                for piece in pieces():
+                    arr.write(np.ascontiguousarray(piece).data)
+            with z.open("arr_1.npy", "w") as arr:
+                np.save(arr, labels.numpy().astype(np.int64))
+    write_whole(file, write)
 
 
 @torch.no_grad()
@@ -184,7 +250,7 @@ def parse_args(argv):
     p.add_argument("--steps", type=count, help=f"default: {STEPS}")
     p.add_argument("--solver", choices=tuple(STEPS))
     p.add_argument("--eta", type=number(float, 0, 1), default=0.0, help="noise of ddim")
-    p.add_argument("--cfg", type=number(float, 0), default=2.0, help="guidance; 1: none")
+    p.add_argument("--cfg", type=number(float, 0), help="guidance; 1: none (2; official: 1.5)")
     p.add_argument("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0),
                    metavar=("LO", "HI"), help="guide only while t is in here")
     p.add_argument("--cfg-channels", type=count, help="guide the first channels only (DiT: 3)")
@@ -195,34 +261,132 @@ def parse_args(argv):
     p.add_argument("--npz", type=Path, help="also this file: arr_0 uint8 RGB, arr_1 labels")
     p.add_argument("--vae", help="decoder of latents, such as stabilityai/sd-vae-ft-ema")
     p.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return p.parse_args(argv)
+    p.add_argument("--official", choices=tuple(OFFICIAL), help="checkpoint: a file of the authors")
+    p.add_argument("--path", choices=("rf", "ddpm"), help="official: what it was trained with")
+    p.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
+                   help="official: what the file does not tell: heads=16, k=2")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
+    args = p.parse_args(argv)
+    if args.official and args.weights == "raw":
+        raise Refusal("--weights raw: of an official file the averaged weights are read")
+    if not args.official and (args.path or args.set):
+        raise Refusal("--path and --set are for --official; our checkpoints know their own")
+    return args
 
 
 def main(args):
-    model, path, saved = load(args.checkpoint, args.weights, args.device)
+    rank, world, device = join(args.device)
+    if args.official:
+        read = partial(load_official, args.official, args.checkpoint, args.path, args.set)
+    else:
+        read = partial(load, args.checkpoint, args.weights)
+    model, path, saved = together(read, world)
+    model, path = model.to(device).eval(), path.to(device)
+    labels, options = together(partial(choices, args, model, path), world)
+    decode = decoder(args.vae, saved["data"].get("latent"), device)
+    out = args.out or args.checkpoint.parent / "grid.png"
+
+    drawn = labels if args.npz else labels[:400]
+    pieces = draw(args, model, path, drawn, decode, options, rank, world)
+    if rank:
+        return
+    first = np.concatenate(list(islice(pieces(), math.ceil(400 / args.batch))))[:400]
+    write_grid(out, first, columns=min(10, args.n))
+    print(f"{out}: {len(first)} pictures of {saved['data']['source']} by {saved['name']}")
+    if args.npz:
+        write_npz(args.npz, pieces, labels)
+        shutil.rmtree(parts_of(args.npz))
+        print(f"{args.npz}: {args.n} pictures and labels")
+    for on, name, draw_one in ((args.film, "film.png", film), (args.maps, "maps.png", maps)):
+        if on:
+            some = labels[: min(6, args.n)]
+            draw_one(out.with_name(name), model, path, some, decode, **options)
+            print(f"{out.with_name(name)}")
+
+
+def choices(args, model, path):
+    """What the command line leaves open -> labels (n,), options of walk()."""
     classes = max(model.cfg.classes, 1)
     wanted = args.classes or range(classes)
     if max(wanted) >= classes:
         raise Refusal(f"--classes {max(wanted)}: this checkpoint has classes 0 to {classes - 1}")
+    scale, channels, steps = args.cfg, args.cfg_channels, args.steps
+    if args.official:                           # the papers' figures: 250 steps, or 50 of a flow
+        scale = 1.5 if scale is None else scale
+        channels = channels or (OFFICIAL[args.official][1] if path.kind == "ddpm" else None)
+        steps = steps or (50 if path.kind == "rf" and args.solver != "heun" else None)
     labels = torch.tensor([wanted[i % len(wanted)] for i in range(args.n)])
-    options = dict(seed=args.seed, steps=args.steps, solver=args.solver, cfg=args.cfg, eta=args.eta,
-                   interval=tuple(args.cfg_interval), channels=args.cfg_channels)
-    decode = decoder(args.vae, saved["data"].get("latent"), args.device)
-    folder = args.checkpoint.parent
-    out = args.out or folder / "grid.png"
+    return labels, dict(seed=args.seed, steps=steps, solver=args.solver, eta=args.eta,
+                        cfg=2.0 if scale is None else scale, interval=tuple(args.cfg_interval),
+                        channels=channels)
 
-    x = generate(model, path, labels, batch=args.batch, **options)
-    pictures = torch.cat([decode(part) for part in x.split(args.batch)])
-    write_grid(out, pictures[:400].clamp(-1, 1), columns=min(10, args.n))
-    print(f"{out}: {min(args.n, 400)} pictures of {saved['data']['source']} by {saved['name']}")
+
+# ------------------------------------------------------------------------ many pictures
+
+
+@torch.no_grad()
+def draw(args, model, path, labels, decode, options, rank, world):
+    """The pictures of all labels -> on process 0 a function that yields them, uint8 (n, H, W, 3),
+    a batch at a time. The batches are dealt out to the processes.
+
+    With --npz every batch is a file until the end, so a killed run goes on where it was."""
+    def batch(first):
+        *_, (_, x, _) = walk(model, path, labels[first : first + args.batch], first, **options)
+        return to_uint8(decode(x.cpu()).clamp(-1, 1))
+
+    def work():
+        for i, first in enumerate(mine):
+            if args.npz:
+                write_whole(folder / f"{first:08d}.npy", partial(np.save, arr=batch(first)))
+            else:
+                made[first] = batch(first)
+            if rank == 0 and sys.stderr.isatty():
+                print(f"\r{(i + 1) / len(mine):.0%}", end="", file=sys.stderr, flush=True)
+
+    every, made = range(0, len(labels), args.batch), {}
+    folder = args.npz and parts_of(args.npz)
+    missing = [together(lambda: rank == 0 and begin_parts(args, folder, options, every), world)]
+    if world > 1:
+        dist.broadcast_object_list(missing)
+    mine = missing[0][rank::world]
+    together(work, world)
     if args.npz:
-        write_npz(args.npz, pictures, labels)
-        print(f"{args.npz}: {args.n} pictures and labels")
-    for on, name, draw in ((args.film, "film.png", film), (args.maps, "maps.png", maps)):
-        if on:
-            draw(out.with_name(name), model, path, labels[: min(6, args.n)], decode, **options)
-            print(f"{out.with_name(name)}")
+        return lambda: (np.load(folder / f"{first:08d}.npy") for first in every)
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, made)
+        made = {first: x for part in parts for first, x in part.items()}
+    return lambda: (made[first] for first in every)
+
+
+def parts_of(npz):
+    return npz.with_name(f"{npz.name}.parts")
+
+
+def begin_parts(args, folder, options, every):
+    """-> the batches still to be made. What another command has begun is not mixed in."""
+    if not args.npz:
+        return list(every)
+    ours = dict(options, checkpoint=fingerprint(args.checkpoint), weights=args.weights, n=args.n,
+                vae=args.vae, set=args.set, classes=args.classes, batch=args.batch)
+    ours, file = json.loads(json.dumps(ours)), folder / "about.json"
+    if file.exists():
+        theirs = json.loads(file.read_text())
+        other = [k for k in ours if theirs.get(k) != ours[k]]
+        if other:
+            raise Refusal(f"{folder} was begun with another {', '.join(other)}: finish it as it "
+                          "was begun, delete it, or choose another --npz")
+    write_whole(file, lambda f: f.write(json.dumps(ours).encode()))
+    return [first for first in every if not (folder / f"{first:08d}.npy").exists()]
+
+
+def fingerprint(file):
+    """Tells checkpoints apart, mostly without reading them: a zip file has a checksum per entry."""
+    if not zipfile.is_zipfile(file):
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    with zipfile.ZipFile(file) as z:
+        sums = [(i.file_size, i.CRC) for i in z.infolist()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()
 
 
 def cli(argv):
@@ -231,9 +395,14 @@ def cli(argv):
         main(parse_args(argv))
         return 0
     except (Refusal, ValueError, OSError) as e:
-        print(f"sample.py: {' '.join(str(e).split())}", file=sys.stderr)
+        alone = dist.is_initialized() and not getattr(e, "everywhere", False)
+        if alone or os.environ.get("RANK", "0") == "0":
+            print(f"sample.py: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
-    sys.exit(cli(sys.argv[1:]))
+    code = cli(sys.argv[1:])
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)

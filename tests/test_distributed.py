@@ -13,12 +13,14 @@ from pathlib import Path
 if __name__ == "__main__":                              # started by torchrun: conftest is not there
     sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).parent)]
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, wake
 
 import data
 import racedit
+import sample
 import train as train_module
 
 load_once = functools.cache(data.load)                  # rendering 20,000 digits takes a second
@@ -47,6 +49,9 @@ def jobs(top):
              "again": command(top / "accum-ddp", "dit", "--steps", 1),
              "cannot-save": command(top / "cannot-save", "dit", "--steps", 1)}
     alone = command(top / "refused", "dit"), command(top / "refused", "dit", "--data", "nowhere")
+    draw = ["sample", top / "dit-ddp/last.pt", "--device", "cpu", "--n", 7, "--batch", 2, "--steps", 2]
+    both |= {"grid": [*draw, "--out", top / "grid.png"],
+             "npz": [*draw, "--out", top / "grid.png", "--npz", top / "s.npz"]}
     lost = command(top / "lost", "dtr", "--steps", 100_000, "--save-every", 2, "--log-every", 5)
     return {name: (argv, argv) for name, argv in both.items()} | {"refused": alone, "lost": (lost, lost)}
 
@@ -78,7 +83,8 @@ def work(top):
     train_module.load_data = load_once
     race(top)
     for name, argv in jobs(top).items():
-        code = train_module.cli(argv[rank])
+        program = sample.cli if argv[rank][0] == "sample" else train_module.cli
+        code = program([str(a) for a in argv[rank] if a != "sample"])
         (top / f"{name}-{rank}.code").write_text(str(code))
 
 
@@ -113,7 +119,7 @@ def top(tmp_path_factory):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     p = subprocess.Popen([*launch, __file__, str(top)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
                          stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    hung = threading.Timer(150, end, (p, top))
+    hung = threading.Timer(400, end, (p, top))
     hung.start()
     try:
         text = []
@@ -169,6 +175,16 @@ def test_a_race_over_two_processes_chooses_what_one_chooses(top):
         assert torch.allclose(p["last"], whole["last"], rtol=1e-5)
     assert torch.allclose(torch.cat([p["out"] for p in parts]), whole["out"], atol=1e-5)
     assert torch.allclose(sum(p["grad"] for p in parts), whole["grad"], rtol=1e-4, atol=1e-4)
+
+
+def test_two_processes_draw_the_pictures_of_one_to_the_bit(top, tmp_path):
+    options = ["--device", "cpu", "--n", 7, "--batch", 2, "--steps", 2, "--npz", tmp_path / "s.npz"]
+    out = ["--out", tmp_path / "grid.png"]
+    assert sample.cli([str(a) for a in [top / "dit-ddp/last.pt", *options, *out]]) == 0
+    with np.load(top / "s.npz") as two, np.load(tmp_path / "s.npz") as alone:
+        assert all(np.array_equal(two[k], alone[k]) for k in ("arr_0", "arr_1"))
+        assert len(np.unique(alone["arr_0"], axis=0)) == 7
+    assert (top / "grid.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
 
 
 @pytest.mark.parametrize("name, word", [("refused", "nowhere"), ("cannot-save", "last.pt")])
