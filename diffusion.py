@@ -25,6 +25,7 @@ import math
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 
 # ---------------------------------------------------------------------------- rectified flow
@@ -47,6 +48,13 @@ class RectifiedFlow(nn.Module):
     def grid(self, u):
         """Numbers u in [0, 1) -> times of this path, evenly spread."""
         return u
+
+    def density(self, t):
+        """How often training draws t (B,); the mean over all times is 1."""
+        if self.options["times"] == "uniform":
+            return torch.ones_like(t)
+        z = t.clamp(1e-6, 1 - 1e-6).logit()             # dt = t (1 - t) dz
+        return (-z.square() / 2 - F.logsigmoid(z) - F.logsigmoid(-z)).exp() / math.sqrt(2 * math.pi)
 
     def draw(self, x0, draw):
         """What training draws: t (B,) and noise like x0."""
@@ -136,6 +144,9 @@ class DDPM(nn.Module):
 
     def grid(self, u):
         return (u * self.T).floor().clamp(max=self.T - 1) / self.T    # u may have been rounded to 1
+
+    def density(self, t):
+        return torch.ones_like(t)                       # ant-uw's clusters are equally long, too
 
     def draw(self, x0, draw):
         first, end = 0, self.T

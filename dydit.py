@@ -34,6 +34,11 @@ Differences from the paper (P) and the official code (C)
   (Alibaba) has H - 1. always_on says which; from_official reads both.
 - The FLOPs loss takes the ratio of the global batch, in C that of each GPU. Its weight 2, the ramp
   W, the 100 steps before it and the stratified times are in C and not in P.
+- lambda is the share of a whole trajectory, so all times are drawn alike; if the parent's path
+  drew some more often (a rectified flow's logit-normal), its density weighs the diffusion loss.
+- A switch near logit 0 is on half the time in training and always in sampling. So P's and C's
+  ratios are off lambda by some hundredths; TINY without quiet ended at 0.78 for 0.7. quiet is ours:
+  the last steps have no noise, and the ratio that is trained is the one that sampling has.
 - C draws dropped labels anew for the complete model; here both passes see the same labels. C also
   steps the optimizer twice on one gradient in phase 1; train.py steps once.
 - Routers decide in float32 by logit > 0: in bf16 the sigmoid of 0.008 is 0.5, which is "off".
@@ -67,6 +72,7 @@ class Config:
     ramp: int = 1000            # W: at this step lambda_step reaches lambda   (C, for 0.7: 5000)
     hold: int = 100             # ... and before this one it is 1
     complete: int = 0           # so many first steps also train the complete model. XL: 30000
+    quiet: int = 0              # from this step on switches have no noise, as in sampling; 0: never
     tau: float = 5.0            # temperature of a switch's gradient; its decision has none
     head_bias: float = 15.0     # the routers' start: P(on) = sigmoid(15)
     channel_bias: float = 15.0
@@ -78,7 +84,8 @@ class Config:
 
 # The paper's start would not move in a few hundred steps: a router's logits change with D and lr.
 TINY = Config(size=28, patch=4, channels=1, classes=10, dim=128, depth=6, heads=4,
-              ramp=150, hold=20, head_bias=10.0, channel_bias=10.0, token_bias=10.0, router_lr=30.0)
+              ramp=150, hold=20, quiet=250, router_lr=30.0,
+              head_bias=10.0, channel_bias=10.0, token_bias=10.0)
 SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, heads=12),
          "L": dict(dim=1024, depth=24, heads=16), "XL": dict(dim=1152, depth=28, heads=16)}
 
@@ -113,19 +120,20 @@ def lambda_step(step, cfg):
 def loss(path, model, x0, y, step, draw):
     """Called by train.py -> the dynamic model's diffusion loss; aux with the two others."""
     cfg = getattr(model, "module", model).cfg
-    u = (draw.rows % 4 + draw.uniform("t")) / 4         # all quarters of time in every batch
-    normal = path.options.get("times") == "logit-normal"
-    t = torch.special.ndtri(u).sigmoid() if normal else path.grid(u)
+    t = path.grid((draw.rows % 4 + draw.uniform("t")) / 4)  # every batch has all quarters of time,
+    often = path.density(t)                             # weighted as often as the parent saw them
     noise = draw.normal("noise", *x0.shape[1:])
     coin = draw.uniform("gate", cfg.depth, 2 * cfg.heads + (cfg.size // cfg.patch) ** 2)
+    if cfg.quiet and step >= cfg.quiet:
+        coin = torch.full_like(coin, 0.5)               # of logit 0: decide as in sampling
 
     per_picture, aux = path.loss(lambda *inputs: model(*inputs, noise=coin), x0, y, t, noise)
     if step < cfg.complete:                             # phase 1: do not lose the dense model
         aux["complete_loss"] = path.loss(
-            lambda *inputs: model(*inputs, complete=True), x0, y, t, noise)[0].mean()
+            lambda *inputs: model(*inputs, complete=True), x0, y, t, noise)[0].mul(often).mean()
     ratio = global_mean(aux["flops"].mean())
     aux["flops_loss"] = cfg.weight * (ratio - lambda_step(step, cfg)) ** 2      # 0 on target; with
-    return per_picture.mean(), aux                      # all on: 2 (1 - lambda)^2, from step W
+    return (often * per_picture).mean(), aux            # all on: 2 (1 - lambda)^2, from step W
 
 
 def global_mean(v):
@@ -375,7 +383,7 @@ class DyDiT(nn.Module):
             noise = torch.rand(len(x), N, switches, device=x.device)                # (B, N, 2H + L)
         noise = [None] * N if noise is None else noise.unbind(1)
         width, tokens = self.given(t, complete)                         # N x (B, 2H), N x (B, L)
-        plan, width = self.plan(emb, width, fast)
+        plan, width = self.plan(emb, width, fast if noise[0] is None else False)
         masks = []
         for i, block in enumerate(self.blocks):
             if plan:

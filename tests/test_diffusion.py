@@ -515,3 +515,13 @@ def test_a_sample_depends_on_its_own_index_only():
     assert not torch.equal(batch[3], index_noise(1, [3], (1, 4, 4))[0])
     assert not torch.equal(batch[3], index_noise(0, [3], (1, 4, 4), step=5)[0])
     assert len(batch.flatten(1).unique(dim=0)) == 20
+
+
+@pytest.mark.parametrize("path", (RectifiedFlow("logit-normal"), RectifiedFlow("uniform"), DDPM()))
+def test_density_is_how_often_times_are_drawn(path):
+    t = torch.linspace(0, 1, 100_001, dtype=torch.float64)
+    assert torch.trapezoid(path.density(t), t).item() == pytest.approx(1, abs=1e-6)
+    drawn = path.draw(torch.zeros(100_000, 1, 1, 1), Draw(0, 0, 100_000, torch.arange(100_000)))[0]
+    middle = (t > 0.3) & (t < 0.6)
+    expected = (path.density(t) * middle).mean().item()
+    assert ((drawn > 0.3) & (drawn < 0.6)).double().mean().item() == pytest.approx(expected, abs=0.01)

@@ -413,18 +413,44 @@ def test_the_flops_loss_is_2_times_the_squared_miss():
 
 @pytest.mark.parametrize("path", [diffusion.RectifiedFlow(), diffusion.RectifiedFlow("uniform"),
                                   diffusion.DDPM(), diffusion.DDPM(weighting="ant-uw")])
-def test_every_batch_has_every_quarter_of_the_paths_own_times(path):
+def test_every_batch_has_every_quarter_of_time(path):
     cfg, seen = replace(SMALL, size=8, depth=1, learn_sigma=path.kind == "ddpm"), []
     model = dydit.DyDiT(cfg)
     model.register_forward_pre_hook(lambda _, args: seen.append(args[1]))
     x, _, y = inputs(cfg, B=16)
     for step in range(20):
         dydit.loss(path, model, x, y, step, draw(16, step))
-    limits = torch.tensor([0.25, 0.5, 0.75])
-    if path.options.get("times") == "logit-normal":
-        limits = torch.tensor([-0.67448975, 0.0, 0.67448975]).sigmoid()     # the normal's quartiles
-    quarter = torch.bucketize(torch.stack(seen), limits, right=True)        # (20, 16)
+    quarter = (torch.stack(seen) * 4).long()                                # (20, 16)
     assert torch.equal(quarter, (torch.arange(16) % 4).expand(20, 16))
+
+
+def test_quarters_of_time_do_not_change_what_is_minimised():
+    """The parent saw times as often as its path draws them; fine-tuning sees all alike, weighted."""
+    class Wrong:                                            # by 100 t^2, whatever the picture
+        cfg = replace(SMALL, size=8)
+
+        def __call__(self, x, t, y, noise=None):
+            return (10 * t)[:, None, None, None].expand_as(x), dict(flops=torch.ones_like(t))
+
+    path, (x, y) = diffusion.RectifiedFlow("logit-normal"), (torch.zeros(4096, 1, 8, 8), None)
+    ours = dydit.loss(path, Wrong(), x, y, 0, draw(4096))[0]
+    t, noise = path.draw(x, draw(4096, step=1))
+    theirs = path.loss(Wrong(), x, y, t, noise)[0]
+    flat = path.loss(Wrong(), x, y, draw(4096).uniform("t"), noise)[0].mean()
+    assert abs(ours - theirs.mean()) < 4 * theirs.std() / 64 < abs(ours - flat)
+
+
+def test_the_last_steps_train_the_switches_that_sampling_will_have():
+    cfg = replace(SMALL, quiet=5)
+    model, path, (x, _, y) = mixed(cfg).train(), diffusion.RectifiedFlow(), inputs(cfg, B=8)
+    seen = []
+    model.register_forward_pre_hook(lambda _, args: seen.append(args))
+    for step, same in ((4, False), (5, True)):
+        aux = dydit.loss(path, model, x, y, step, draw())[1]
+        plain = run(model.eval(), *seen.pop(), fast=False)[1]
+        assert torch.equal(aux["heads"], plain["heads"]) == same
+        assert torch.equal(aux["tokens"], plain["tokens"]) == same
+        model.train()
 
 
 def test_phase_1_also_trains_the_dense_model():
