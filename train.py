@@ -15,6 +15,7 @@ batch (diffusion.Draw). So a run that was killed and resumed, or spread over mor
 the same pictures, times and noise as one that was not; there is no random state to save."""
 
 import argparse
+import contextlib
 import ctypes
 import importlib
 import json
@@ -34,12 +35,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
     set_optimizer_state_dict)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from data import load as load_data
@@ -65,7 +68,7 @@ class Refusal(Exception):
 
 def main(args):
     rank, world, device = join(args.device)
-    prepare_out(args, rank, world)
+    find_out(args, rank, world)
     torch.set_float32_matmul_precision("high")      # TF32 on GPUs that have it
     if device.type == "cpu":
         keep_memory()
@@ -78,13 +81,14 @@ def main(args):
     net = wrap(args, model, device)                 # compiled, DDP: the same weights inside
     optimizers = make_optimizers(args, module, model, path, device)
     start, sums = restore(saved, model, ema, optimizers, path) if saved else (0, {})
+    together(lambda: rank == 0 and make_room(args), world)      # nothing is refused from here on
     bf16 = wants_bf16(args.amp, device)
     report = Report(args, rank, world, start, sums)
     report.say(describe(args.model, module, model, path, data, device, bf16, world))
     loss_of = getattr(module, "loss", default_loss)
     fetch = partial(get_batches, args, data, model.cfg, rank, world)
     reader, stop = ThreadPoolExecutor(1), Stop(world)
-    ahead = reader.submit(fetch, start)
+    ahead, skipped, due = reader.submit(fetch, start), 0, False
 
     for step in range(start, args.steps):
         batches, ahead = ahead.result(), reader.submit(fetch, step + 1)     # read ahead of the GPU
@@ -101,7 +105,8 @@ def main(args):
                 stats[k] = stats[k] + aux[k].detach() / len(batches)
 
         norm = clip_gradients(args.clip, model, path, world)
-        if norm.isfinite():                        # else: a broken batch must not break the weights
+        good = sound(norm, report.now, path, world)
+        if good:                                   # else: a broken batch must not break the weights
             for optimizer, peaks in optimizers:
                 for group, peak in zip(optimizer.param_groups, peaks):
                     group["lr"] = peak * share_of_lr(args, step)
@@ -113,14 +118,20 @@ def main(args):
             optimizer.zero_grad()
 
         done = step + 1
-        report.step(done, norm)
-        halt = stop.asked(done)
-        to_save = done % args.save_every == 0 or done == args.steps or halt
+        report.step(done, norm, good)
+        skipped = 0 if good else skipped + 1        # in a row
+        if skipped == args.max_skipped:
+            raise lost(args, done, f"loss or gradient was not a number in {skipped} steps in a row")
+        halt, due = stop.asked(done), due or done % args.save_every == 0
+        to_save = due and good or done == args.steps or halt
         to_show = args.sample_every and (done % args.sample_every == 0 or done == args.steps)
         if (to_save or to_show) and hasattr(ema, "update_buffers"):
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 settle(ema, path, loss_of, fetch, done, device, world)
         if to_save:
+            due = False
+            if not size_of(model).isfinite():
+                raise lost(args, done, "the weights are no longer finite")
             save(args, rank, world, path, data, model, ema, optimizers, done, report.sums)
         if to_show:
             report.picture(ema, path, data, done)
@@ -295,7 +306,8 @@ def wrap(args, model, device):
     if dist.is_initialized() and not args.fsdp:
         with warnings.catch_warnings():             # torch 2.13 renames broadcast_buffers
             warnings.simplefilter("ignore", FutureWarning)
-            net = DDP(net, broadcast_buffers=False)     # buffers are averaged, see average()
+            net = DDP(net, broadcast_buffers=False,     # buffers are averaged, see average()
+                      gradient_as_bucket_view=True)     # sent from where they are: no second copy
     return net
 
 
@@ -329,6 +341,30 @@ def clip_gradients(limit, model, path, world):
             p.grad /= world
     norm = nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
     return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def sound(norm, losses, path, world):
+    """Are the gradient and the losses numbers? The norm is that of all processes, the losses are
+    not: they are added up, so that all decide alike. The only time that a step waits for the GPU."""
+    total = sum(losses.values())
+    if world > 1:
+        dist.all_reduce(total)
+    total = total + sum(p.grad.sum() for p in path.parameters())
+    return bool((norm + 0 * total).isfinite())
+
+
+def size_of(model):
+    norm = nn.utils.get_total_norm(list(model.parameters()))
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+
+
+def lost(args, step, why):
+    """Training has failed; what is on the disk is from before."""
+    file = args.out / "last.pt"
+    kept = f"{file} keeps the last good weights" if file.exists() else "none were saved before"
+    refusal = Refusal(f"step {step}: {why}; {kept}; a lower --lr or a smaller --clip may help")
+    refusal.everywhere = True
+    return refusal
 
 
 def average(stats, world):
@@ -484,7 +520,8 @@ def write_checkpoint(file, content):
             os.fsync(f.fileno())
         os.replace(beside, file)
     except (OSError, RuntimeError) as e:            # torch.save wraps a full disk in RuntimeError
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise Refusal(f"cannot write {file} ({str(e).splitlines()[0]}); what was there before is "
                       "untouched") from None
 
@@ -509,6 +546,10 @@ def read_checkpoint(file):
         raise Refusal(f"{file} is not a checkpoint of train.py, or damaged "
                       f"({type(e).__name__})") from None
     return content
+
+
+def lost_disk(file, error):
+    return Refusal(f"cannot write {file} ({error.strerror}); the last checkpoint is untouched")
 
 
 def check_same_run(args, saved, module, cfg, path, data):
@@ -549,11 +590,27 @@ class Report:
     def __init__(self, args, rank, world, start, sums):
         self.args, self.rank, self.world = args, rank, world
         self.sums = {k: v.double() for k, v in sums.items()}   # since the last line, kept on resume
+        self.now = {}                                          # of this step
         self.began, self.since = time.time(), start
         self.file = args.out / "metrics.jsonl"
-        if rank == 0 and self.file.exists():                # forget what the checkpoint did not see
-            lines = [l for l in self.file.read_text().splitlines(True) if step_of(l) <= start]
-            self.file.write_text("".join(lines))
+        together(lambda: rank == 0 and self.file.is_file() and self.forget(start), world)
+
+    def forget(self, start):
+        """Drop what the checkpoint did not see, and lines cut in the middle."""
+        lines = self.file.read_text(errors="replace").splitlines()
+        beside = self.file.with_name(self.file.name + ".tmp")
+        beside.write_text("".join(f"{line}\n" for line in lines if step_of(line) <= start))
+        os.replace(beside, self.file)
+
+    def write(self, line):
+        if not self.args.out.is_dir():
+            self.say(f"\n{self.args.out} has vanished: made again")
+        try:
+            self.args.out.mkdir(parents=True, exist_ok=True)
+            with open(self.file, "a") as f:
+                f.write(json.dumps(line) + "\n")
+        except OSError as e:
+            raise lost_disk(self.file, e) from None
 
     def say(self, text, end="\n"):
         if self.rank == 0:
@@ -562,24 +619,27 @@ class Report:
     def add(self, numbers, parts):
         for k, v in numbers.items():
             v = v.detach().double() if v.device.type != "mps" else v.detach()
-            self.sums[k] = self.sums.get(k, 0) + v / parts
+            self.now[k] = self.now.get(k, 0) + v / parts
 
-    def step(self, step, norm):
-        if not norm.isfinite():
-            self.sums["skipped"] = self.sums.get("skipped", 0) + torch.ones((), dtype=torch.float64)
+    def step(self, step, norm, good):
+        new = self.now if good else {"skipped": torch.ones_like(self.now["loss"])}
+        self.sums |= {k: self.sums.get(k, 0) + v for k, v in new.items()}
+        self.now = {}
         every = self.args.log_every
         if step % every and step != self.args.steps:
             return
         steps = step % every or every
-        mean = {k: v.item() / steps for k, v in average(self.sums, self.world).items()}
-        self.sums = {}
+        sums = {k: v.to(norm.device) for k, v in self.sums.items()}      # resumed ones: on the CPU
+        mean = {k: v.item() for k, v in average(sums, self.world).items()}
+        skipped, self.sums = round(mean.pop("skipped", 0)), {}
+        mean = {k: v / (steps - skipped) for k, v in mean.items()}       # of steps that were not
         speed = (step - self.since) * self.args.batch / (time.time() - self.began)
         left = (self.args.steps - step) * self.args.batch / speed
-        line = dict(step=step, **mean, grad_norm=norm.item(), images_per_s=round(speed, 1))
-        if self.rank == 0:
-            with open(self.file, "a") as f:
-                f.write(json.dumps(line) + "\n")
+        line = dict(step=step, **mean, grad_norm=norm.item() if good else None,
+                    images_per_s=round(speed, 1)) | ({"skipped": skipped} if skipped else {})
+        together(lambda: self.rank == 0 and self.write(line), self.world)
         losses = "  ".join(f"{k.removesuffix('_loss')} {v:.4f}" for k, v in mean.items())
+        losses += f"  skipped {skipped}" if skipped else ""
         text = f"step {step}/{self.args.steps}  {losses}  {speed:.0f} img/s  {clock(left)} left"
         if sys.stdout.isatty():
             self.say(f"\r{text}\033[K", end="")                     # in place
@@ -593,8 +653,8 @@ class Report:
         labels = torch.arange(10).repeat(4) % classes
         if not data.latent:
             x = generate(ema, path, labels, seed=self.args.seed)
-            if self.rank == 0:
-                write_grid(self.args.out / "samples" / f"step_{step:07d}.png", x, columns=10)
+            file = self.args.out / "samples" / f"step_{step:07d}.png"
+            together(lambda: self.rank == 0 and write_grid(file, x, columns=10), self.world)
 
     def end(self, start, halted):
         self.say("\n" if sys.stdout.isatty() else "", end="")
@@ -610,8 +670,8 @@ class Report:
 
 def step_of(line):
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return math.inf                                             # a line cut in the middle
 
 
@@ -620,16 +680,136 @@ def clock(seconds):
     return f"{m // 60}:{m % 60:02d}:{s:02d}" if m >= 60 else f"{m}:{s:02d}"
 
 
-def dry_run(args, module, cfg):
-    """Count on the meta device: nothing is allocated, 16 billion parameters take a second."""
+def dry_run(args, module, cfg, path):
+    """Count on the meta device: nothing is allocated, 16 billion parameters take seconds."""
     with torch.device("meta"):
-        model = module.Model(cfg)
+        model = module.Model(cfg).train()
     counts = module.cost(cfg)
     total = sum(p.numel() for p in model.parameters())
     print(f"parameters {total:,} total {total - counts['idle parameters']:,} activated")
     for name, value in counts.items():
         if name.startswith("GMAC"):
             print(f"{value:.2f} {name} per picture")
+    pictures = args.batch // (args.world * args.accum)
+    bf16 = args.amp != "off"                        # what auto means on a GPU
+    loss_of = getattr(module, "loss", default_loss)
+    plans = plan_memory(model, path.to("meta"), loss_of, pictures, args.world, bf16)
+    print(f"bytes per GPU, {args.world} x {pictures} pictures, {'bf16' if bf16 else 'float32'}; add "
+          "a fifth of the activations for what lives shortly")
+    rows = ("weights", "gradients", "optimizer", "ema", "copies", "activations", "sum")
+    print(f"{'':28}" + "".join(f"{row:>12}" for row in rows))
+    for name, plan in plans.items():
+        print(f"{name:28}" + "".join(f"{plan[row] / 1e9:9.2f} GB" for row in rows))
+
+
+def plan_memory(model, path, loss_of, pictures, world, bf16):
+    """{engine: {what: bytes per GPU}}. model and path are on the meta device.
+
+    copies: of weights, as the matrix products read them. Autocast makes a bf16 copy of each; FSDP
+    gathers a block at a time, this one and the next; DDP sends gradients from where they are."""
+    parameters, watch = list(model.parameters()), Saved(model, bf16)
+    c = model.cfg
+    x0 = torch.randn(pictures, c.channels, c.size, c.size, device="meta")
+    y = torch.zeros(pictures, dtype=torch.long, device="meta")
+    draw = Draw(0, 0, pictures, torch.arange(pictures), device="meta")
+    draw.mine = lambda numbers: numbers.to("meta")
+    with watch, torch.autocast("cpu", torch.bfloat16, enabled=bf16):    # routers switch it off
+        loss_of(path, model, x0, y, 0, draw)
+
+    def stored(tensors, share=1):                   # FSDP cuts along the first axis
+        return sum(-(-t.shape[0] // share) * (t.numel() // t.shape[0]) * 4 for t in tensors)
+
+    learned = [p for p in parameters if p.requires_grad]
+    width, blocks = (2 if bf16 else 4), [stored(b.parameters()) for b in model.blocks]
+    plans = {}
+    for engine, share in (("DDP", 1), ("FSDP", world)):
+        gathered = (2 * max(blocks) + stored(parameters) - sum(blocks)) // 4 * width
+        plan = dict(weights=stored(parameters, share), gradients=stored(learned, share),
+                    optimizer=2 * stored(learned, share), ema=stored(parameters, share),
+                    copies=gathered if engine == "FSDP" else watch.copies)
+        for name, count in (("", watch.everything), (" --checkpointing", watch.checkpointed)):
+            whole = dict(plan, activations=count())
+            plans[engine + name] = dict(whole, sum=sum(whole.values()))
+    return plans
+
+
+class Saved(TorchFunctionMode):
+    """Adds up what a forward on the meta device keeps for its backward: bytes, each storage once.
+
+    Makes the meta device do what a GPU would: products in bf16 where autocast is on, attention in
+    one kernel, and experts that cannot ask for their numbers of rows share them evenly."""
+
+    PRODUCTS = {F.linear, F.conv2d, torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__,
+                torch.addmm, torch.bmm, F.scaled_dot_product_attention}
+
+    def __init__(self, model, bf16):
+        super().__init__()
+        self.bf16, self.place, self.alive = bf16, "outside", []
+        self.bytes, self.inputs, self.copies, self.copied = defaultdict(dict), {}, 0, {}
+        self.weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        for i, block in enumerate(model.blocks):
+            block.register_forward_pre_hook(partial(self.enter, i))
+            block.register_forward_hook(self.leave)
+
+    def enter(self, i, block, inputs):
+        self.place = i
+        for t in (t for t in inputs if torch.is_tensor(t)):
+            self.inputs[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+            self.alive.append(t)                    # or another storage could get its address
+
+    def leave(self, *_):
+        self.place = "outside"
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.keep, lambda t: t)
+        self.hooks.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.hooks.__exit__(*error)
+
+    def keep(self, t):
+        self.alive.append(t)
+        key = t.untyped_storage()._cdata
+        if key not in self.weights:
+            self.bytes[self.place][key] = t.untyped_storage().nbytes()
+        return t
+
+    def everything(self):
+        return sum({k: v for part in self.bytes.values() for k, v in part.items()}.values())
+
+    def checkpointed(self):
+        """Between blocks only what goes into them; inside, one block at a time."""
+        blocks = [sum(part.values()) for place, part in self.bytes.items() if place != "outside"]
+        return sum((self.bytes["outside"] | self.inputs).values()) + max(blocks, default=0)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in self.PRODUCTS and self.bf16 and torch.is_autocast_enabled("cpu"):
+            args = [self.copy(a) if torch.is_tensor(a) else a for a in args]
+        if func is F.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args, **kwargs)[0]
+        if func is torch.Tensor.tolist:
+            return Evenly(args[0])
+        if func is torch.Tensor.split and isinstance(args[1], Evenly):
+            return args[0].tensor_split(len(args[1]))
+        return func(*args, **kwargs)
+
+    def copy(self, a):
+        """To bf16; of a weight once, autocast remembers it."""
+        if a.untyped_storage()._cdata not in self.weights:
+            return a.to(torch.bfloat16)
+        key = a.untyped_storage()._cdata, a.storage_offset(), a.shape
+        if key not in self.copied:
+            self.copied[key] = copy = a.to(torch.bfloat16)
+            self.weights.add(copy.untyped_storage()._cdata)
+            self.copies += copy.untyped_storage().nbytes()
+        return self.copied[key]
+
+
+class Evenly(list):
+    """Numbers of rows that the meta device does not know."""
 
 
 # ------------------------------------------------------------------------ command line
@@ -688,11 +868,15 @@ def parse_args(argv):
     p.add_argument("--accum", type=count, default=1, help="forwards per step")
     p.add_argument("--fsdp", action="store_true", help="shard weights over torchrun's processes")
     p.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
+    p.add_argument("--max-skipped", type=count, default=20,
+                   help="give up after so many steps in a row without a finite gradient")
     p.add_argument("--save-every", type=count)
     p.add_argument("--log-every", type=count)
     p.add_argument("--sample-every", type=number(int, 0), help="0: never")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
-    p.add_argument("--dry-run", action="store_true", help="count parameters and GMACs, then exit")
+    p.add_argument("--dry-run", action="store_true",
+                   help="count parameters, GMACs and bytes per GPU, then exit")
+    p.add_argument("--world", type=count, help="of --dry-run: for so many GPUs")
     args = p.parse_args(argv)
     if args.tiny == bool(args.size):
         raise Refusal("say --tiny or --size S/2 (one of them)")
@@ -700,18 +884,21 @@ def parse_args(argv):
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / args.model
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch % (world * args.accum):
-        raise Refusal(f"--batch {args.batch} does not divide into {world} processes x "
+    if args.world and not args.dry_run:
+        raise Refusal("--world is for --dry-run; a run has the processes that torchrun starts")
+    args.world = args.world or int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch % (args.world * args.accum):
+        raise Refusal(f"--batch {args.batch} does not divide into {args.world} processes x "
                       f"--accum {args.accum}")
-    if args.fsdp and "RANK" not in os.environ:
+    if args.fsdp and "RANK" not in os.environ and not args.dry_run:
         raise Refusal("--fsdp needs torchrun")
     return args
 
 
-def prepare_out(args, rank, world):
-    """Process 0 makes room for the run; all are told whether there is a run to resume."""
-    found = [together(lambda: rank == 0 and make_room(args), world)]
+def find_out(args, rank, world):
+    """Process 0 looks, all are told whether there is an earlier run. Nothing is changed yet: what
+    is refused later must leave no trace."""
+    found = [together(lambda: rank == 0 and (args.out / "last.pt").exists(), world)]
     if world > 1:
         dist.broadcast_object_list(found)
     args.out_exists = found[0]
@@ -723,13 +910,11 @@ def make_room(args):
         args.out.mkdir(parents=True, exist_ok=True)
         probe = args.out / ".write"
         probe.touch(), probe.unlink()
-        found = (args.out / "last.pt").exists()
-        if found and not args.resume:
-            for name in ("last.pt", "metrics.jsonl"):
+        if args.out_exists and not args.resume:
+            for name in ("metrics.jsonl", "last.pt"):           # killed in between: no harm
                 if (args.out / name).exists():
                     os.replace(args.out / name, args.out / f"previous_{name}")
             print(f"an earlier run in {args.out} was kept as previous_last.pt", flush=True)
-        return found
     except OSError as e:
         raise Refusal(f"--out {args.out}: {e.strerror}") from None
 
@@ -741,7 +926,8 @@ def cli(argv):
         module = importlib.import_module(args.model)
         if args.dry_run:
             data = open_data(args, None) if args.data else None
-            dry_run(args, module, make_config(args, module, make_path(args, None), data, None))
+            path = make_path(args, None)
+            dry_run(args, module, make_config(args, module, path, data, None), path)
             return 0
         return main(args)
     except (Refusal, ValueError, OSError) as e:

@@ -25,3 +25,14 @@ def wake(model, std=0.1, seed=0):
             if p.requires_grad and not p.any():
                 p.copy_(torch.randn(p.shape, generator=g) * std)
     return model
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "long: minutes, not seconds; only with -m long")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "long" not in config.getoption("-m"):
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="long: run with -m long"))
