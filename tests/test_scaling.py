@@ -133,3 +133,18 @@ def test_a_world_is_only_planned():
     for options, word in ((["--world", "8"], "--dry-run"), (["--world", "7", "--dry-run"], "7 processes")):
         with pytest.raises(train_module.Refusal, match=word):
             train_module.parse_args(base + options)
+
+
+@pytest.mark.parametrize("name", ["dit", "ditmoe", "racedit", "dtr"])
+def test_the_training_forward_compiles_to_one_graph(name):
+    """fullgraph raises at a graph break. Under autocast, as on a GPU; the numbers stay the same."""
+    cfg = small(name, depth=1, size=8)
+    model = importlib.import_module(name).Model(cfg).train()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([1, 2])
+    with torch.autocast("cpu", torch.bfloat16):
+        (out, aux), (same, _) = compiled(x, t, y), model(x, t, y)
+    assert torch.equal(out, same)
+    (out.square().mean() + sum(v for k, v in aux.items() if k.endswith("_loss"))).backward()
+    assert all(p.grad is not None for p in model.final_layer.parameters())
+    torch.compiler.reset()
