@@ -21,6 +21,8 @@ import importlib
 import json
 import math
 import os
+import pickle
+import shutil
 import signal
 import sys
 import time
@@ -34,8 +36,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
     set_optimizer_state_dict)
@@ -80,11 +85,13 @@ def main(args):
     model, ema = make_models(args, module, cfg, dense, device)
     net = wrap(args, model, device)                 # compiled, DDP: the same weights inside
     optimizers = make_optimizers(args, module, model, path, device)
-    start, sums = restore(saved, model, ema, optimizers, path) if saved else (0, {})
+    start, sums = restore(args, saved, model, ema, optimizers, path) if saved else (0, {})
     together(lambda: rank == 0 and make_room(args), world)      # nothing is refused from here on
     bf16 = wants_bf16(args.amp, device)
     report = Report(args, rank, world, start, sums)
     report.say(describe(args.model, module, model, path, data, device, bf16, world))
+    if saved and "shards" in saved and not args.sharded_save:
+        save(args, rank, world, path, data, model, ema, optimizers, start, sums)   # now one file
     loss_of = getattr(module, "loss", default_loss)
     fetch = partial(get_batches, args, data, model.cfg, rank, world)
     reader, stop = ThreadPoolExecutor(1), Stop(world)
@@ -180,7 +187,8 @@ def order(n, seed, start, stop):
 
 def read_inputs(args, module, device):
     """Everything that a user can have got wrong is read and checked before a model is made."""
-    saved = read_checkpoint(args.out / "last.pt") if args.resume and args.out_exists else None
+    last = args.out / "last.pt"
+    saved = read_checkpoint(last, whole=False) if args.resume and args.out_exists else None
     dense = read_checkpoint(args.init) if args.init and not saved else None
     path = make_path(args, saved or dense).to(device)
     data = open_data(args, saved or dense)
@@ -489,20 +497,28 @@ class Stop:
 
 
 def save(args, rank, world, path, data, model, ema, optimizers, step, sums):
-    """One file of plain types. Under FSDP all processes must come here: weights are gathered."""
-    file = args.out / "last.pt"
+    """One file of plain types. Under FSDP all processes must come here: weights are gathered, or
+    with --sharded-save every process writes its part into a folder, which the file names."""
     content = dict(
         format=FORMAT, name=args.model, config=asdict(model.cfg), step=step,
-        model=get_model_state_dict(model, options=WHOLE),
-        ema=get_model_state_dict(ema, options=WHOLE),
-        optimizer=get_optimizer_state_dict(model, optimizers[0][0], options=WHOLE),
         path=dict(kind=path.kind, options=path.options, weights=path.state_dict(),
                   optimizer=[o.state_dict() for o, _ in optimizers[1:]]),
         data=dict(source=data.source, names=list(data.names), latent=data.latent,
                   latent_kind=args.latent_kind, size=args.image_size),
         sums=average(sums, world),                  # of all processes: others may go on
         recipe={k: vars(args)[k] for k in RECIPE})
-    together(lambda: rank == 0 and write_checkpoint(file, content), world)
+    if args.sharded_save:
+        content |= write_shards(args, world, model, ema, optimizers[0][0], step)
+    else:
+        content |= state_of(model, ema, optimizers[0][0], WHOLE)
+    together(lambda: rank == 0 and write_checkpoint(args.out / "last.pt", content), world)
+    together(lambda: rank == 0 and sweep_shards(args.out), world)
+
+
+def state_of(model, ema, optimizer, options=None):
+    return dict(model=get_model_state_dict(model, options=options),
+                ema=get_model_state_dict(ema, options=options),
+                optimizer=get_optimizer_state_dict(model, optimizer, options=options))
 
 
 # what a resumed run must share with its beginning
@@ -526,8 +542,10 @@ def write_checkpoint(file, content):
                       "untouched") from None
 
 
-def read_checkpoint(file):
-    """A checkpoint of this program, or a Refusal. weights_only: a file cannot run code."""
+def read_checkpoint(file, whole=True):
+    """A checkpoint of this program, or a Refusal. weights_only: a file cannot run code.
+
+    whole: of a sharded one, read the weights too, all of them into this process."""
     try:
         with zipfile.ZipFile(file) as z:
             if z.testzip():                         # torch.load does not look at checksums
@@ -535,17 +553,87 @@ def read_checkpoint(file):
         content = torch.load(file, map_location="cpu", weights_only=True)
         if content["format"] != FORMAT:
             raise Refusal(f"{file} has checkpoint format {content['format']}, not {FORMAT}")
-        content["model"], content["ema"], content["config"], content["path"]["kind"]
         if content["name"] not in MODELS:
             raise ValueError("unknown model")
-    except FileNotFoundError:
-        raise Refusal(f"{file}: no such file") from None
+        if "shards" in content:
+            Shards(file.parent, content["shards"]).read_metadata()
+        if "shards" in content and whole:
+            module = importlib.import_module(content["name"])
+            for key in ("model", "ema"):
+                content[key] = module.Model(module.Config(**content["config"])).state_dict()
+            weights = {key: content[key] for key in ("model", "ema")}
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                reader = Shards(file.parent, content["shards"])
+                dcp.load(weights, storage_reader=reader, no_dist=True)
+        elif "shards" not in content:
+            content["model"], content["ema"]
+        content["config"], content["path"]["kind"]
+    except FileNotFoundError as e:
+        raise Refusal(f"{e.filename or file}: no such file") from None
     except Refusal:
         raise
     except Exception as e:
         raise Refusal(f"{file} is not a checkpoint of train.py, or damaged "
                       f"({type(e).__name__})") from None
     return content
+
+
+def write_shards(args, world, model, ema, optimizer, step):
+    """Every process writes its part of every tensor into a new folder -> what last.pt needs of it.
+    The folder counts from when last.pt, written after it, names it."""
+    name = [f"shards-{step:07d}-{os.urandom(3).hex()}"]
+    if world > 1:
+        dist.broadcast_object_list(name)
+    state = state_of(model, ema, optimizer)
+    groups = state["optimizer"].pop("param_groups")     # plain numbers: into last.pt
+    try:
+        with warnings.catch_warnings():             # it warns of a single process
+            warnings.simplefilter("ignore")
+            dcp.save(state, checkpoint_id=args.out / name[0])
+    except (OSError, CheckpointException) as e:
+        raise Refusal(f"cannot write {args.out / name[0]} ({str(e).split(chr(10))[0]}); the last "
+                      "checkpoint is untouched") from None
+    return dict(shards=name[0], groups=groups)
+
+
+def sweep_shards(out):
+    """Delete the folders that no checkpoint names."""
+    folders, named = list(out.glob("shards-*")), set()
+    for file in (out / "last.pt", out / "previous_last.pt"):
+        if folders and file.exists():
+            try:
+                named.add(read_checkpoint(file, whole=False).get("shards"))
+            except Refusal:
+                return                              # a damaged one does not tell: keep all
+    for folder in folders:
+        if folder.name not in named:
+            shutil.rmtree(folder)
+
+
+class Shards(FileSystemReader):
+    """torch keeps the table of contents of a sharded checkpoint as a pickle, and loads it freely.
+    Here it may hold what such a table is made of, and nothing else."""
+
+    def __init__(self, out, name):
+        super().__init__(out / Path(name).name)
+
+    def read_metadata(self, *args, **kwargs):
+        with open(Path(self.path) / ".metadata", "rb") as f:
+            table = self.Table(f).load()
+        table.storage_meta.load_id = self.load_id
+        return table
+
+    class Table(pickle.Unpickler):
+        ALLOWED = {"Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_StorageInfo",
+                   "TensorStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
+                   "PosixPath", "WindowsPath", "_get_layout", "Size"}
+
+        def find_class(self, module, name):
+            if module.split(".")[0] not in ("torch", "pathlib") or not (
+                    name in self.ALLOWED or isinstance(getattr(torch, name, None), torch.dtype)):
+                raise pickle.UnpicklingError(f"{module}.{name}")
+            return super().find_class(module, name)
 
 
 def lost_disk(file, error):
@@ -563,10 +651,21 @@ def check_same_run(args, saved, module, cfg, path, data):
             raise Refusal(f"--resume: {k} was {theirs[k]}, now {ours[k]}; keep it or change --out")
 
 
-def restore(saved, model, ema, optimizers, path):
-    set_model_state_dict(model, saved["model"], options=WHOLE)
-    set_model_state_dict(ema, saved["ema"], options=WHOLE)
-    set_optimizer_state_dict(model, optimizers[0][0], saved["optimizer"], options=WHOLE)
+def restore(args, saved, model, ema, optimizers, path):
+    state, options = saved, WHOLE
+    if "shards" in saved:                           # whatever number of processes wrote them
+        state, options = state_of(model, ema, optimizers[0][0]), None
+        del state["optimizer"]["param_groups"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                dcp.load(state, storage_reader=Shards(args.out, saved["shards"]))
+            except (OSError, CheckpointException):
+                raise Refusal(f"{args.out / saved['shards']} is damaged") from None
+        state["optimizer"]["param_groups"] = saved["groups"]
+    set_model_state_dict(model, state["model"], options=options)
+    set_model_state_dict(ema, state["ema"], options=options)
+    set_optimizer_state_dict(model, optimizers[0][0], state["optimizer"], options=options)
     path.load_state_dict(saved["path"]["weights"])
     for (o, _), state in zip(optimizers[1:], saved["path"]["optimizer"]):
         o.load_state_dict(state)
@@ -867,6 +966,8 @@ def parse_args(argv):
     p.add_argument("--compile", action="store_true")
     p.add_argument("--accum", type=count, default=1, help="forwards per step")
     p.add_argument("--fsdp", action="store_true", help="shard weights over torchrun's processes")
+    p.add_argument("--sharded-save", action="store_true",
+                   help="every process saves its part; --resume without it makes one file")
     p.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
     p.add_argument("--max-skipped", type=count, default=20,
                    help="give up after so many steps in a row without a finite gradient")

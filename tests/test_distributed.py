@@ -4,6 +4,7 @@ jobs of this file, one after the other: this file itself is the program that it 
 import functools
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -46,6 +47,8 @@ def jobs(top):
              for engine, flag in (("ddp", []), ("fsdp", ["--fsdp", "--checkpointing"]))}
     both |= {"two-then-one": command(top / "two-then-one", "racedit", "--fsdp", "--steps", 3),
              "one-then-two": command(top / "one-then-two", "dydit", "--fsdp", "--resume"),
+             "sharded": command(top / "sharded", "ditmoe", "--fsdp", "--sharded-save", "--steps", 3,
+                                "--save-every", 2),
              "again": command(top / "accum-ddp", "dit", "--steps", 1),
              "cannot-save": command(top / "cannot-save", "dit", "--steps", 1)}
     alone = command(top / "refused", "dit"), command(top / "refused", "dit", "--data", "nowhere")
@@ -164,6 +167,42 @@ def test_a_run_goes_on_with_another_number_of_processes(top, tmp_path):
     for name, model in (("two-then-one", "racedit"), ("one-then-two", "dydit")):
         one(tmp_path / name, model)
         agree(lines(top / name), lines(tmp_path / name))
+
+
+def test_shards_of_two_processes_become_one_file_and_go_on(top, tmp_path, monkeypatch):
+    out, last = top / "sharded", top / "sharded/last.pt"
+    assert len(list(out.glob("shards-*"))) == 1         # of two saves
+    assert "model" not in torch.load(last, weights_only=True)
+    before = train_module.read_checkpoint(last)         # what sample.py and --init read
+    table = next(out.glob("shards-*/.metadata"))
+    whole = table.read_bytes()
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    table.write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(train_module.Refusal, match="last.pt is not"):
+        train_module.read_checkpoint(last)
+    assert train_module.cli(command(out, "ditmoe", "--resume")) == 2
+    table.write_bytes(whole)
+    part = next(out.glob("shards-*/*.distcp"))
+    part.rename(tmp_path / "part")                      # a part is missing
+    assert train_module.cli(command(out, "ditmoe", "--resume")) == 2
+    (tmp_path / "part").rename(part)
+    assert not (tmp_path / "mark").exists()
+    one(out, "ditmoe", "--steps", 3, "--resume")        # nothing to train: makes one file
+    after = torch.load(last, weights_only=True)
+    assert not list(out.glob("shards-*")) and after["step"] == before["step"] == 3
+    for key in ("model", "ema"):
+        assert all(torch.equal(after[key][k], before[key][k]) for k in after[key])
+    one(out, "ditmoe", "--resume", "--sharded-save")    # one process may write shards, too
+    one(tmp_path / "one", "ditmoe")
+    agree(lines(out), lines(tmp_path / "one"))
+    model, alone = (sample.load(folder / "last.pt")[0] for folder in (out, tmp_path / "one"))
+    for a, b in zip(model.parameters(), alone.parameters()):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch $MARK",)
 
 
 def test_a_race_over_two_processes_chooses_what_one_chooses(top):
