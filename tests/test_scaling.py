@@ -3,15 +3,22 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
+from test_data import TinyVAE
 
+import data
+import sample
 import train as train_module
 from diffusion import Draw, RectifiedFlow
 
@@ -148,3 +155,102 @@ def test_the_training_forward_compiles_to_one_graph(name):
     (out.square().mean() + sum(v for k, v in aux.items() if k.endswith("_loss"))).backward()
     assert all(p.grad is not None for p in model.final_layer.parameters())
     torch.compiler.reset()
+
+
+def write_latents(folder, n, variants=2):
+    """Native latents of 4 x 32 x 32, mean and std: a sparse file of zeros, made at once."""
+    folder.mkdir()
+    shape = (n, variants, 8, 32, 32)
+    np.lib.format.open_memmap(folder / "latents.npy", "w+", np.float16, shape).flush()
+    np.save(folder / "labels.npy", np.arange(n) % 1000)
+    about = dict(kind="mean-std", scale=0.18215, classes=1000)
+    (folder / "meta.json").write_text(json.dumps(about))
+    return folder
+
+
+HEAVY = ("ditmoe", "racedit")                 # 200 and 134 million parameters: ten seconds and more
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.long] * (name in HEAVY))
+                                  for name in MODELS])
+def test_a_paper_s_size_takes_a_training_step_on_a_cpu(tmp_path, monkeypatch, name):
+    written = []
+    monkeypatch.setattr(train_module, "write_checkpoint", lambda *a: written.append(a))   # 2 GB
+    argv = ["--model", name, "--size", "S/2", "--data", write_latents(tmp_path / "latents", 100),
+            "--batch", 1, "--steps", 1, "--device", "cpu", "--out", tmp_path / "out"]
+    assert train_module.cli([str(a) for a in argv]) == 0
+    line = json.loads((tmp_path / "out/metrics.jsonl").read_text())
+    assert 0.5 < line["loss"] < 4 and line["grad_norm"] > 0 and len(written) == 1
+    assert written[0][1]["config"]["dim"] == 384 and written[0][1]["config"]["size"] == 32
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="reads a process's memory")
+def test_a_hundred_thousand_latents_are_not_loaded_into_memory(tmp_path):
+    words = ["--model", "dit", "--tiny", "--set", "dim=32", "depth=2", "heads=2", "patch=4",
+             "--data", write_latents(tmp_path / "latents", 100_000), "--batch", 64, "--steps", 60,
+             "--device", "cpu", "--amp", "off", "--out", tmp_path / "out", "--sample-every", 0]
+    p = subprocess.Popen([sys.executable, "train.py", *map(str, words)], cwd=ROOT)
+    hung = threading.Timer(300, p.kill)
+    hung.start()
+    _, code, used = os.wait4(p.pid, 0)
+    hung.cancel()
+    assert code == 0 and used.ru_maxrss < 1_500_000             # kB; the file is 3.3 GB
+    print(f"{used.ru_maxrss / 1e6:.2f} GB resident")
+
+
+def pictures(folder, n, side=16):
+    """n pictures in two classes; the grey level of each is its number's own."""
+    for i in range(n):
+        file = folder / ("cat", "dog")[i % 2] / f"{i:05d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((side, side, 3), (i % 250, i // 250 * 20, 99), np.uint8)).save(file)
+    return folder
+
+
+def test_pictures_become_latents_a_model_samples_and_pictures_again(tmp_path, monkeypatch):
+    pictures(tmp_path / "in", 24, side=32)
+    data.encode(tmp_path / "in", tmp_path / "latents", TinyVAE(), "tiny", size=32)
+    out = tmp_path / "out"
+    argv = ["--model", "racedit", "--tiny", "--set", "dim=32", "depth=2", "heads=2", "patch=2",
+            "--steps", 2, "--batch", 4, "--data", tmp_path / "latents", "--device", "cpu", "--out", out]
+    assert train_module.cli([str(a) for a in argv]) == 0
+    monkeypatch.setattr(data, "load_vae", lambda name, device: TinyVAE())
+    argv = [out / "last.pt", "--n", 4, "--steps", 2, "--vae", "tiny", "--npz", tmp_path / "s.npz"]
+    assert sample.cli([str(a) for a in argv]) == 0
+    with np.load(tmp_path / "s.npz") as z:
+        assert z["arr_0"].shape == (4, 32, 32, 3) and z["arr_1"].tolist() == [0, 1, 0, 1]
+    assert Image.open(out / "grid.png").size == (2 * 4 * 32 + 2 * 5 * 2, 2 * (32 + 4))
+
+
+ENCODE = """
+import sys, time
+sys.path[:0] = ["tests", "."]
+import data
+from test_data import TinyVAE
+class Slow(TinyVAE):
+    def encode(self, x):
+        time.sleep(0.02)
+        return super().encode(x)
+data.encode(sys.argv[1], sys.argv[2], Slow(), "tiny", size=16, batch=8, every=0.1)
+"""
+
+
+@pytest.mark.long
+def test_encoding_a_thousand_pictures_survives_kills_without_a_duplicate_or_a_gap(tmp_path):
+    folders = [pictures(tmp_path / "in", 1000), tmp_path / "out"]
+    for target in (200, 600):
+        p = subprocess.Popen([sys.executable, "-c", ENCODE, *map(str, folders)], cwd=ROOT)
+        progress, done, limit = tmp_path / "out/progress-0.json", 0, time.time() + 120
+        while done < target and time.time() < limit:
+            done = json.loads(progress.read_text())["done"] if progress.exists() else 0
+            time.sleep(0.01)
+        p.kill()
+        assert p.wait() == -signal.SIGKILL and target <= done < 1000
+    again = [sys.executable, "-c", ENCODE, *map(str, folders)]
+    subprocess.run(again, cwd=ROOT, check=True, timeout=300)
+    data.encode(tmp_path / "in", tmp_path / "whole", TinyVAE(), "tiny", size=16)
+    cut, whole = (np.load(tmp_path / name / "latents.npy") for name in ("out", "whole"))
+    assert np.array_equal(cut, whole) and len(np.unique(whole[:, 0, :, 0, 0], axis=0)) == 1000
+    labels = [np.load(tmp_path / name / "labels.npy") for name in ("out", "whole")]
+    assert np.array_equal(*labels) and np.bincount(labels[0]).tolist() == [500, 500]
