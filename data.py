@@ -35,6 +35,7 @@
 import argparse
 import gzip
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -44,6 +45,8 @@ import shutil
 import sys
 import time
 import urllib.request
+import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -55,6 +58,8 @@ from PIL import Image
 NAMED = ["digits", "mnist", "fashion-mnist", "cifar10"]
 LAYOUTS = ["native", "fast-dit", "edm2", "mar"]             # values of --latent-kind, with the next
 MOMENTS = ["samples", "mean-std", "mean-logvar"]            # what one latent array holds
+LIMIT = 1 << 30                                             # bytes that one file may unpack to
+warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
 class DataError(ValueError):
@@ -270,17 +275,16 @@ def find_idx(name):
 def download(source, url, path, checksum):
     """One gz file, complete and checked or not there at all."""
     print(f"{source}: downloading {url}", file=sys.stderr, flush=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=30) as answer:
             packed = answer.read(100 << 20)
-        if hashlib.sha256(gzip.decompress(packed)).hexdigest() != checksum:
+        with gzip.open(io.BytesIO(packed)) as file:
+            unpacked = file.read(100 << 20)                 # the largest has 47 MB
+        if hashlib.sha256(unpacked).hexdigest() != checksum:
             raise DataError(f"{url}: has another checksum than the original; nothing was kept")
-        part.write_bytes(packed)
-        os.replace(part, path)
-    except (OSError, EOFError, gzip.zlib.error) as error:
-        part.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, packed)
+    except (OSError, EOFError, gzip.zlib.error, http.client.HTTPException) as error:
         raise DataError(f"{source}: not on this machine, and {url} failed ({error}); "
                         f"give a folder with its four IDX files instead") from None
 
@@ -294,7 +298,7 @@ def read_idx(path, dims, checksum=None):
                 raise DataError(f"{path}: is no IDX file of {dims} dimensions "
                                 f"(magic {head[:4].hex()})")
             shape = [int(n) for n in np.frombuffer(head, ">i4", dims, 4)]
-            if min(shape) < 1 or math.prod(shape) > 1 << 32:
+            if min(shape) < 1 or math.prod(shape) > LIMIT:
                 raise DataError(f"{path}: impossible shape {shape}")
             body = file.read(math.prod(shape) + 1)
     except (OSError, EOFError, gzip.zlib.error) as error:
@@ -365,7 +369,8 @@ def find_cifar10():
 def read_cifar10(path):
     """One batch file -> pictures (N, 3072) uint8, labels (N,)."""
     try:
-        raw = path.read_bytes()
+        with open(path, "rb") as file:
+            raw = file.read(LIMIT)
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if path.suffix == ".bin":
@@ -380,7 +385,7 @@ def read_cifar10(path):
     except Exception as error:                  # a broken pickle can raise anything
         raise DataError(f"{path}: is no CIFAR-10 batch ({error})") from None
     if not (isinstance(pictures, np.ndarray) and pictures.dtype == np.uint8
-            and pictures.shape == (len(labels), 3072)):
+            and pictures.shape == (len(labels), 3072) and pictures.nbytes <= len(raw)):
         raise DataError(f"{path}: pictures must be uint8 (N, 3072), one label each")
     return pictures, labels
 
@@ -400,6 +405,7 @@ def load_cifar10(source, folder, split):
 # ------------------------------------------------------------------------------------ image folders
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
+FORMATS = ["PNG", "JPEG", "MPO", "WEBP", "BMP", "PPM", "TIFF", "GIF"]   # EPS would start Ghostscript
 
 
 def list_classes(main, part, endings):
@@ -427,16 +433,33 @@ def centre_crop(path, size):
     bicubic to the shorter side, then the centre. This is what ADM and DiT were trained and measured
     on; other filters change FID. Pillow's limit against decompression bombs stays on."""
     try:
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        picture = open_rgb(path)
+    except Exception as error:                  # damaged files raise a dozen different errors
         raise DataError(f"{path}: is no readable picture ({error})") from None
     while min(picture.size) >= 2 * size:
         picture = picture.resize([side // 2 for side in picture.size], Image.BOX)
     scale = size / min(picture.size)
-    picture = picture.resize([round(side * scale) for side in picture.size], Image.BICUBIC)
+    sides = [round(side * scale) for side in picture.size]
+    if max(sides) > 100 * size:
+        raise DataError(f"{path}: is {picture.width}x{picture.height}, too long and narrow")
+    picture = picture.resize(sides, Image.BICUBIC)
     left, top = [(side - size) // 2 for side in picture.size]
     return np.asarray(picture)[top:top + size, left:left + size]
+
+
+def open_rgb(path):
+    """A picture as 8-bit RGB: the first frame if it moves, the high bytes if it has 16 bits."""
+    if not os.path.isfile(path):
+        raise DataError("no regular file")      # to open a pipe would wait for ever
+    with Image.open(path, formats=FORMATS) as file:
+        if math.prod(file.size) > (Image.MAX_IMAGE_PIXELS or math.inf):
+            raise DataError(f"{file.width}x{file.height} could be a decompression bomb")
+        if file.mode[0] in "IF":                # Pillow would cut off what is above 255
+            deep = np.asarray(file)
+            if file.mode == "F" or deep.min() < 0 or deep.max() > 65535:
+                raise DataError("neither 8 nor 16 bits per channel")
+            return Image.fromarray((deep // 256).astype(np.uint8)).convert("RGB")
+        return file.convert("RGB")
 
 
 def image_folder(main, part, size):
@@ -463,6 +486,12 @@ def image_folder(main, part, size):
 def read_array(path, key=None, mmap=None):
     """A .npy file, or one array of an .npz; never a pickle."""
     try:
+        if not os.path.isfile(path):
+            raise DataError("no regular file")  # to open a pipe would wait for ever
+        if key is not None:
+            with zipfile.ZipFile(path) as z:
+                if sum(entry.file_size for entry in z.infolist()) > LIMIT:
+                    raise DataError(f"unpacks to more than {LIMIT:,} bytes")
         found = np.load(path, mmap_mode=mmap, allow_pickle=False)
         if key is not None:
             with found:
@@ -519,6 +548,8 @@ def native(main, part, latent_kind):
     if (part / "encode.json").exists() and not (part / "meta.json").exists():
         raise DataError(f"{part}: is not encoded to its end yet; run data.py encode again")
     meta = read_json(part / "meta.json")
+    if not isinstance(meta, dict):
+        raise DataError(f"{part / 'meta.json'}: must be a table")
     kind = latent_kind if latent_kind in MOMENTS else meta.get("kind")
     scale = meta.get("scale")
     if kind not in MOMENTS or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
@@ -527,7 +558,11 @@ def native(main, part, latent_kind):
     array = read_array(path, mmap="r")
     if array.ndim not in (4, 5) or array.ndim == 5 and array.shape[1] not in (1, 2):
         raise DataError(f"{path}: must be (N, C, S, S) or (N, 2, C, S, S), not {array.shape}")
-    names = meta.get("names") or [str(i) for i in range(meta.get("classes") or 0)]
+    names, classes = meta.get("names") or [], meta.get("classes") or 0
+    if not (isinstance(names, list) and all(isinstance(name, str) for name in names)
+            and type(classes) is int and 0 <= classes <= 1_000_000):
+        raise DataError(f"{part / 'meta.json'}: classes must be a number, names a list of words")
+    names = names or [str(i) for i in range(classes)]
     labels = checked_labels(part / "labels.npy", read_array(part / "labels.npy"), len(names))
     if len(labels) != len(array):
         raise DataError(f"{part / 'labels.npy'}: {len(labels)} labels for {len(array)} latents")
@@ -732,11 +767,14 @@ def vae_scale(vae):
 def write_whole(path, data):
     """bytes -> a file that is complete, on the disk, or not there."""
     part = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def plan(out, order, shape, rank, wait=600):
@@ -750,6 +788,9 @@ def plan(out, order, shape, rank, wait=600):
             raise DataError(f"{out}: needs {2 * math.prod(shape) / 1e9:.1f} GB free")
         temporary = out / "latents.npy.part"
         np.lib.format.open_memmap(temporary, "w+", np.float16, shape).flush()
+        if hasattr(os, "posix_fallocate"):      # or a disk that fills up would kill us, unexplained
+            with open(temporary, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
         os.replace(temporary, out / "latents.npy")
         write_whole(path, json.dumps(order).encode())
     began = time.time()

@@ -22,6 +22,7 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
 import sys
@@ -54,6 +55,7 @@ from data import load as load_data
 from diffusion import DDPM, Draw, RectifiedFlow, keyed
 
 MODELS = ("dit", "ditmoe", "racedit", "dydit", "dtr")
+PATHS = {"rf": RectifiedFlow, "ddpm": DDPM}
 FORMAT = 1                                          # of the checkpoint file
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)       # one file, however many GPUs
 
@@ -88,7 +90,7 @@ def main(args):
     start, sums = restore(args, saved, model, ema, optimizers, path) if saved else (0, {})
     together(lambda: rank == 0 and make_room(args), world)      # nothing is refused from here on
     bf16 = wants_bf16(args.amp, device)
-    report = Report(args, rank, world, start, sums)
+    report = Report(args, rank, world, start, sums, device)
     report.say(describe(args.model, module, model, path, data, device, bf16, world))
     if saved and "shards" in saved and not args.sharded_save:
         save(args, rank, world, path, data, model, ema, optimizers, start, sums)   # now one file
@@ -214,7 +216,7 @@ def make_path(args, before):
             why = {"weighting": ": it weighs the error of a network that predicts noise; a flow "
                                 "weighs times by how often --times draws them"}.get(k, "")
             raise Refusal(f"--{k} is for --path {other}, not {kind}{why}")
-    return {"rf": RectifiedFlow, "ddpm": DDPM}[kind](**(was["options"] | given))
+    return PATHS[kind](**(was["options"] | given))
 
 
 def open_data(args, before):
@@ -546,15 +548,13 @@ def read_checkpoint(file, whole=True):
     """A checkpoint of this program, or a Refusal. weights_only: a file cannot run code.
 
     whole: of a sharded one, read the weights too, all of them into this process."""
+    if not file.exists():
+        raise Refusal(f"{file}: no such file")
     try:
-        with zipfile.ZipFile(file) as z:
-            if z.testzip():                         # torch.load does not look at checksums
-                raise ValueError("damaged")
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = load_stranger(file)
         if content["format"] != FORMAT:
-            raise Refusal(f"{file} has checkpoint format {content['format']}, not {FORMAT}")
-        if content["name"] not in MODELS:
-            raise ValueError("unknown model")
+            raise Damaged(f"format {int(content['format'])}, not {FORMAT}")
+        check_content(content, file)
         if "shards" in content:
             Shards(file.parent, content["shards"]).read_metadata()
         if "shards" in content and whole:
@@ -571,12 +571,100 @@ def read_checkpoint(file, whole=True):
         content["config"], content["path"]["kind"]
     except FileNotFoundError as e:
         raise Refusal(f"{e.filename or file}: no such file") from None
-    except Refusal:
-        raise
-    except Exception as e:
-        raise Refusal(f"{file} is not a checkpoint of train.py, or damaged "
-                      f"({type(e).__name__})") from None
+    except Exception as e:                          # a damaged file raises a dozen different errors
+        code = re.search(r"GLOBAL ([\w.]+)", str(e))
+        why = (str(e) if isinstance(e, Damaged) else f"it holds {code[1]}, which could run code"
+               if code else type(e).__name__)
+        raise Refusal(f"{file} is not a checkpoint of train.py, or damaged ({why})") from None
     return content
+
+
+class Damaged(ValueError):
+    """Says what is wrong with a checkpoint."""
+
+
+def load_stranger(file):
+    """torch.load of a file that anybody may have written.
+
+    weights_only builds tensors and plain types and runs no code. What it does not look at: whether
+    the zip file would unpack to more than itself (torch never compresses), its checksums, and
+    tensors that repeat one number a billion times by a stride of 0."""
+    if not file.is_file():
+        raise Damaged("no regular file")
+    size = file.stat().st_size
+    with zipfile.ZipFile(file) as z:
+        if any(e.compress_type for e in z.infolist()) or sum(
+                e.file_size for e in z.infolist()) > size:
+            raise Damaged("larger inside than outside")
+        if z.testzip():
+            raise Damaged("wrong checksum")
+    content = torch.load(file, map_location="cpu", weights_only=True)
+    if sum(t.numel() * t.element_size() for t in tensors_in(content)) > size:
+        raise Damaged("larger inside than outside")
+    return content
+
+
+def tensors_in(content):
+    """All tensors, each once, however the containers are nested or refer to each other."""
+    seen, todo = {}, [content]
+    while todo:
+        one = todo.pop()
+        if id(one) not in seen:
+            seen[id(one)] = one
+            todo += [*one.keys(), *one.values()] if isinstance(one, dict) else (
+                list(one) if isinstance(one, (list, tuple, set)) else [])
+    return [one for one in seen.values() if torch.is_tensor(one)]
+
+
+KINDS = dict(name=str, config=dict, model=dict, ema=dict, path=dict, data=dict, step=int,
+             optimizer=dict, sums=dict, recipe=dict)
+DATA_KINDS = dict(source=str, names=list, latent=bool, latent_kind=(str, type(None)),
+                  size=(int, type(None)))
+
+
+def check_content(content, file):
+    """Everything that later code relies on. The model is built on the meta device first: a config
+    of a million layers, or one that does not fit the tensors, must not allocate anything."""
+    for table, kinds in ((content, KINDS), (content["data"], DATA_KINDS)):
+        for k, kind in kinds.items():
+            if k in table and not isinstance(table[k], kind):
+                raise Damaged(f"{k} is a {type(table[k]).__name__}")
+    if content["name"] not in MODELS:
+        raise Damaged("unknown model")
+    if not content["data"]["source"].isprintable() or content.get("step", 0) < 0:
+        raise Damaged("step or source")
+    if any(not torch.is_tensor(v) or v.ndim for v in content.get("sums", {}).values()):
+        raise Damaged("sums are no numbers")
+    module = importlib.import_module(content["name"])
+    known = {f.name: type(f.default) for f in fields(module.Config)}
+    for k, v in content["config"].items():
+        kind = known.get(k)
+        if type(v) is not kind and (kind, type(v)) != (float, int):
+            raise Damaged(f"config: {k} is a {type(v).__name__}")
+        if kind in (int, float) and not abs(v) <= 1e7:
+            raise Damaged(f"config: {k} is out of range")
+    cfg = module.Config(**content["config"])
+    if not 0 < cfg.depth <= 1000:
+        raise Damaged(f"config: depth is {cfg.depth}")
+    options = content["path"]["options"]
+    if any(type(v) not in (str, int, float) for v in options.values()) or not (
+            options.get("clusters", 1) <= DDPM.T):
+        raise Damaged("path: options")
+    PATHS[content["path"]["kind"]](**options)
+    with torch.device("meta"):
+        shapes = {k: v.shape for k, v in module.Model(cfg).state_dict().items()}
+    if "shards" in content:                         # their own table says where each tensor lies
+        folder = file.parent / Path(content["shards"]).name
+        if sum(s.numel() for s in shapes.values()) > sum(
+                part.stat().st_size for part in folder.iterdir()):
+            raise Damaged("config: larger than its shards")
+        return
+    for weights in ("model", "ema"):
+        for k in shapes.keys() | content[weights].keys():
+            found = getattr(content[weights].get(k), "shape", None)
+            if found != shapes.get(k):
+                raise Damaged(f"{weights}: {str(k)[:80]} has shape {found}, config says "
+                              f"{shapes.get(k)}")
 
 
 def write_shards(args, world, model, ema, optimizer, step):
@@ -663,13 +751,17 @@ def restore(args, saved, model, ema, optimizers, path):
             except (OSError, CheckpointException):
                 raise Refusal(f"{args.out / saved['shards']} is damaged") from None
         state["optimizer"]["param_groups"] = saved["groups"]
-    set_model_state_dict(model, state["model"], options=options)
-    set_model_state_dict(ema, state["ema"], options=options)
-    set_optimizer_state_dict(model, optimizers[0][0], state["optimizer"], options=options)
-    path.load_state_dict(saved["path"]["weights"])
-    for (o, _), state in zip(optimizers[1:], saved["path"]["optimizer"]):
-        o.load_state_dict(state)
-    return saved["step"], saved["sums"]
+    try:
+        set_model_state_dict(model, state["model"], options=options)
+        set_model_state_dict(ema, state["ema"], options=options)
+        set_optimizer_state_dict(model, optimizers[0][0], state["optimizer"], options=options)
+        path.load_state_dict(saved["path"]["weights"])
+        for (o, _), state in zip(optimizers[1:], saved["path"]["optimizer"]):
+            o.load_state_dict(state)
+        return saved["step"], saved["sums"]
+    except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
+        raise Refusal(f"{args.out / 'last.pt'}: optimizer or diffusion do not fit this run "
+                      f"({type(e).__name__})") from None
 
 
 # ------------------------------------------------------------------------ what one sees
@@ -686,9 +778,10 @@ def describe(name, module, model, path, data, device, bf16, world):
 class Report:
     """Progress on the terminal, the same numbers in metrics.jsonl, sample grids in samples/."""
 
-    def __init__(self, args, rank, world, start, sums):
+    def __init__(self, args, rank, world, start, sums, device):
         self.args, self.rank, self.world = args, rank, world
-        self.sums = {k: v.double() for k, v in sums.items()}   # since the last line, kept on resume
+        self.sums = {k: v.to(device).double() if device.type != "mps" else v.float().to(device)
+                     for k, v in sums.items()}                 # since the last line, kept on resume
         self.now = {}                                          # of this step
         self.began, self.since = time.time(), start
         self.file = args.out / "metrics.jsonl"
@@ -728,8 +821,7 @@ class Report:
         if step % every and step != self.args.steps:
             return
         steps = step % every or every
-        sums = {k: v.to(norm.device) for k, v in self.sums.items()}      # resumed ones: on the CPU
-        mean = {k: v.item() for k, v in average(sums, self.world).items()}
+        mean = {k: v.item() for k, v in average(self.sums, self.world).items()}
         skipped, self.sums = round(mean.pop("skipped", 0)), {}
         mean = {k: v / (steps - skipped) for k, v in mean.items()}       # of steps that were not
         speed = (step - self.since) * self.args.batch / (time.time() - self.began)
@@ -926,7 +1018,7 @@ def number(kind, low, high=math.inf):
         except ValueError:
             what = "a whole number" if kind is int else "a number"
             raise argparse.ArgumentTypeError(f"{text!r} is not {what}") from None
-        if not low <= value <= high:
+        if not low <= value <= high or value in (math.inf, -math.inf):
             raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
     return parse
@@ -1036,8 +1128,18 @@ def cli(argv):
         if alone or os.environ.get("RANK", "0") == "0":
             print(f"train.py: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as e:
+        if not no_memory(e):
+            raise
+        print("train.py: not enough memory; a smaller --batch, --accum, --checkpointing or --fsdp "
+              "need less", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
+
+
+def no_memory(error):
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate" in str(error)
 
 
 if __name__ == "__main__":
