@@ -2,6 +2,7 @@
 
    python -m experiments.metrics runs/dit/last.pt                       # samples, then judges
    python -m experiments.metrics samples.npz --data fashion-mnist     # judges what sample.py wrote
+   python -m experiments.metrics samples.npz --fidelity ref.npz       # FID and IS by torch-fidelity
 
    1. Frechet distance: two clouds of 64 features, compared as Gaussians. Falls with blur, wrong
       shapes, missing classes. Even real pictures against real ones do not reach 0: the floor is
@@ -187,6 +188,34 @@ def read_npz(path):
     return samples, labels
 
 
+class Pictures(torch.utils.data.Dataset):
+    """arr_0 of an npz as torch-fidelity wants it: uint8 (3, S, S), one by one."""
+
+    def __init__(self, path):
+        self.pictures = read_npz(path)[0]
+
+    def __len__(self):
+        return len(self.pictures)
+
+    def __getitem__(self, i):
+        return torch.from_numpy(self.pictures[i]).permute(2, 0, 1)
+
+
+def fidelity(file, reference, device):
+    """FID, IS, precision and recall as the literature has them, by Inception and VGG. reference: an
+    npz like ADM's VIRTUAL_imagenet256_labeled.npz, or a folder of pictures of the same size."""
+    try:
+        from torch_fidelity import calculate_metrics
+    except ImportError:
+        raise DataError("--fidelity: pip install torch-fidelity") from None
+    if not Path(reference).exists():
+        raise DataError(f"{reference}: no such file or folder")
+    real = Pictures(reference) if str(reference).endswith(".npz") else str(reference)
+    found = calculate_metrics(input1=Pictures(file), input2=real, cuda=device.startswith("cuda"),
+                              isc=True, fid=True, prc=True, verbose=False)
+    return {name: float(value) for name, value in found.items()}
+
+
 def from_checkpoint(args):
     """Sample from a checkpoint and measure its validation loss. -> samples, labels, source, loss"""
     import sample                               # lazily: an npz is judged without any model
@@ -211,7 +240,7 @@ def from_checkpoint(args):
 
 
 def table(result):
-    lines = []
+    lines = [f"{name:38}{value:10.4f}" for name, value in result.get("fidelity", {}).items()]
     if "frechet" in result:
         same = f"two real sets of {result['n_real']:,}"
         lines += [f"{'':18}{'samples':>9}{'real':>9}   N = {result['n']:,}, {result['source']}",
@@ -230,6 +259,24 @@ def table(result):
     return "\n".join(lines)
 
 
+def by_fidelity(args):
+    if args.data or not args.file.endswith(".npz"):
+        raise DataError("--fidelity compares an npz of sample.py with REF: no checkpoint, --data")
+    return {"fidelity": fidelity(args.file, args.fidelity, args.device)}
+
+
+def by_judge(args):
+    loss = None
+    if args.file.endswith(".npz"):
+        if not args.data:
+            raise DataError(f"{args.file}: say which --data these samples imitate")
+        samples, labels, source = *read_npz(args.file), args.data
+    else:
+        samples, labels, source, loss = from_checkpoint(args)
+    result = {"source": source} if samples is None else evaluate(samples, labels, source)
+    return result | ({"loss": loss} if loss else {})
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Judge samples of a checkpoint or of an npz.")
     parser.add_argument("file", help="checkpoint of train.py, or npz of sample.py")
@@ -242,21 +289,15 @@ def main(argv=None):
     parser.add_argument("--weights", choices=["ema", "raw"], default="ema")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="write the numbers there as well")
+    parser.add_argument("--fidelity", metavar="REF", help="of an npz: FID and IS against this "
+                        "npz or folder, not the judge (pip install torch-fidelity)")
     args = parser.parse_args(argv)
     try:
         if not Path(args.file).is_file():
             raise DataError(f"{args.file}: no such file")
         if args.n <= 3:
             raise DataError(f"--n {args.n}: needs more than 3 samples")
-        loss = None
-        if args.file.endswith(".npz"):
-            if not args.data:
-                raise DataError(f"{args.file}: say which --data these samples imitate")
-            samples, labels, source = *read_npz(args.file), args.data
-        else:
-            samples, labels, source, loss = from_checkpoint(args)
-        result = {"source": source} if samples is None else evaluate(samples, labels, source)
-        result |= {"loss": loss} if loss else {}
+        result = by_fidelity(args) if args.fidelity else by_judge(args)
         if args.json:
             part = Path(f"{args.json}.part")
             part.write_text(json.dumps(vars(args) | result, indent=1) + "\n")

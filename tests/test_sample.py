@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import zipfile
 
 import numpy as np
@@ -20,6 +21,7 @@ from test_official import golden
 import data
 import diffusion
 import sample
+from experiments import metrics
 
 LAYOUTS = {"bare": lambda s: s, "ema": lambda s: {"ema": s},
            "training": lambda s: {"model": {f"module.{k}": 0 * v for k, v in s.items()}, "ema": s,
@@ -164,3 +166,26 @@ def test_the_npz_is_what_numpy_and_adm_s_evaluator_read(tmp_path):
     with zipfile.ZipFile(tmp_path / "s.npz") as z, z.open("arr_0.npy") as f:    # it streams, as here
         assert np.lib.format.read_magic(f) == (1, 0)
         assert np.lib.format.read_array_header_1_0(f) == ((7, 4, 4, 3), False, np.dtype("uint8"))
+
+
+def test_fidelity_hands_both_sets_to_the_library(tmp_path, capsys, monkeypatch):
+    """The library needs Inception's weights, so what it is given is looked at, not what it says."""
+    x = np.random.default_rng(0).integers(0, 256, (2, 5, 8, 8, 3), dtype=np.uint8)
+    for name, some in zip(("s", "ref"), x):
+        sample.write_npz(tmp_path / f"{name}.npz", lambda: iter([some]), torch.arange(5))
+    argv = [str(tmp_path / "s.npz"), "--fidelity", str(tmp_path / "ref.npz")]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)            # as if not installed
+    assert metrics.main(argv) == 2 and "pip install torch-fidelity" in capsys.readouterr().err
+
+    def calculate_metrics(input1, input2, cuda, **wanted):
+        assert wanted["fid"] and wanted["isc"] and not cuda
+        for ours, pictures in zip((input1, input2), x):
+            assert len(ours) == 5 and ours[3].dtype == torch.uint8
+            assert np.array_equal(ours[3].permute(1, 2, 0), pictures[3])
+        return {"frechet_inception_distance": np.float64(12.5)}
+    monkeypatch.setitem(sys.modules, "torch_fidelity",
+                        types.SimpleNamespace(calculate_metrics=calculate_metrics))
+    assert metrics.main(argv) == 0 and "12.5000" in capsys.readouterr().out
+    for bad in (["nowhere.npz"], ["ref.npz", "--data", "digits"]):
+        assert metrics.main([argv[0], "--fidelity", *bad]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
