@@ -52,14 +52,16 @@ from diffusion import DDPM, RectifiedFlow
 from experiments.bench_dydit import MIXES, WIDTHS, forward_times
 
 FULL = dict(
-    rounds=7, routed=[dict(), dict(T=256), dict(T=8192), dict(E=4), dict(E=64), dict(k=1), dict(k=4),
-                      dict(D=128), dict(D=768), dict(T=256, E=64), dict(T=256, E=64, D=128)],
+    rounds=7, routed=[dict(), dict(T=256), dict(T=8192), dict(E=4), dict(E=64), dict(k=1),
+                      dict(k=4), dict(D=128), dict(D=768), dict(T=256, E=64), dict(T=256, E=64, D=128)],
     nets=[dict(name="TINY", batch=64), dict(name="S/2", batch=8)], steps=20,
+    models=["dit", "ditmoe", "racedit", "dydit", "dtr"],
     walks=[dict(name="TINY", batch=32), dict(name="S/2", batch=2)], walk_steps=10,
     dydit=[(w, m, 4) for w in WIDTHS for m in MIXES], experts=[4, 8, 16, 32, 64], images=64,
     tokens=[16, 64, 256, 1024], depth=[2, 6, 12])
 MICRO = dict(                                               # for tests: every case in a moment
     rounds=1, routed=[dict(T=64, D=32, E=4)], nets=[dict(name="MICRO", batch=2)], steps=3,
+    models=["dit"],
     walks=[dict(name="MICRO", batch=1)], walk_steps=2, dydit=[((32, 4), (0.5, "both"), 1)],
     experts=[2, 4], images=2, tokens=[4, 16], depth=[1, 2])
 
@@ -282,7 +284,7 @@ def split_step(net, steps, device, model="dit", extra=()):
 
 def step(shapes, device):
     for net in shapes["nets"]:
-        for model in ("dit", "ditmoe", "racedit", "dydit", "dtr"):
+        for model in shapes["models"]:
             if model != "dit" and net["name"] == "S/2":
                 continue
             net = dict(net, batch=32) if net["name"] == "TINY" else net     # --tiny's own batch
@@ -460,7 +462,8 @@ def growth(shapes, device):
         sizes = {E: replace(module.TINY, size=32, experts=E, learn_sigma=False)
                  for E in shapes["experts"]}                            # 64 tokens a picture
         yield from grow(module, "experts", sizes, [images] * len(sizes), n, device)
-    sides = {L: replace(dit.TINY, size=4 * int(L**0.5), learn_sigma=False) for L in shapes["tokens"]}
+    sides = {L: replace(dit.TINY, size=4 * int(L**0.5), learn_sigma=False)
+             for L in shapes["tokens"]}
     yield from grow(dit, "tokens", sides, [max(64 * images // L, 1) for L in sides], n, device)
     yield from grow(dit, "depth", {N: replace(dit.TINY, size=32, depth=N, learn_sigma=False)
                                    for N in shapes["depth"]}, [images] * 3, n, device)
@@ -508,8 +511,8 @@ def memory(shapes, device):
         for bf16 in bf16_too(device):
             row = {}
             for name in ("plain", "ours"):
-                code = ("import torch\nfrom experiments import bench\ntorch.set_num_threads(1)\n"
-                        f"print(bench.peak({name!r}, {net!r}, torch.device({device.type!r}), {bf16}))")
+                code = ("import torch\nfrom experiments.bench import peak\ntorch.set_num_threads(1)\n"
+                        f"print(peak({name!r}, {net!r}, torch.device({device.type!r}), {bf16}))")
                 done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                                       cwd=Path(__file__).parent.parent, check=True,
                                       env=os.environ | {"OMP_NUM_THREADS": "1"})

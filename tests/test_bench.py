@@ -1,0 +1,69 @@
+"""The bench compares like with like, and every figure that the documentation quotes is there."""
+
+import json
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiments import bench
+
+
+def counted(module, x):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(x)
+    return counter.get_total_flops() / 2                    # of multiply-accumulates
+
+
+@pytest.mark.parametrize("kind", ["ditmoe", "racedit"])
+@pytest.mark.parametrize("E, k", [(4, 1), (8, 2), (64, 4)])
+def test_a_routed_layer_and_its_dense_rival_multiply_equally_often(kind, E, k):
+    layer, dense, macs = bench.routed_pair(kind, T=64, D=64, E=E, k=k)
+    x = torch.randn(1, 64, 64)
+    ours, rival = counted(layer.eval(), x), counted(dense, x)
+    assert ours == 64 * macs                                # the rival never multiplies more
+    assert 0.98 * ours < rival <= ours
+
+
+def test_the_plain_dit_of_the_bench_is_dit():
+    cfg = bench.config(bench.dit, "MICRO")
+    ours = bench.awake(bench.dit.DiT(cfg), torch.device("cpu"))
+    inputs = bench.network_inputs(cfg, 2, torch.device("cpu"))
+    expected, found = ours(*inputs)[0], bench.same_weights(bench.plain(cfg), ours)(*inputs)[0]
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(found, expected)
+
+
+def test_every_round_begins_with_another_path():
+    seen = []
+    paths = {name: lambda name=name: seen.append(name) for name in "ABC"}
+    times = bench.rounds(paths, 3, torch.device("cpu"))
+    assert "".join(seen[6:]) == "ABCBCACAB" and times["A"].shape == (3, 2)
+
+
+FIELDS = {"routed": ("dense_s", "routed", "routed_wall", "floor", "macs"),
+          "step": (*bench.PARTS, "rest", "step_s", "all_but_model"),
+          "sampler": ("calls_s", "walk"), "dtr": ("rival_s", "ours", "ours_wall"),
+          "dydit": ("static_s", "masked", "sliced", "ratio"),
+          "growth": ("step_s", "step", "per_mac", "parameters")}
+
+
+def test_the_bench_runs_and_writes_its_figures(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    bench.main([*FIELDS, "--micro", "--device", "cpu", "--json", str(file)])
+    results = json.loads(file.read_text())
+    for case, names in FIELDS.items():
+        assert results[case]["rows"]
+        for row in results[case]["rows"]:
+            assert all(math.isfinite(row[name]) and row[name] > 0 for name in names), (case, row)
+    for row in results["step"]["rows"]:                     # nothing is counted twice or forgotten
+        assert 0.8 < sum(row[p] for p in (*bench.PARTS, "rest")) < 1.2
+    for row in results["sampler"]["rows"]:
+        assert row["walk"] > 1                              # a walk contains its model calls
+    assert "all_but_model" in capsys.readouterr().out
+
+
+def test_a_case_that_does_not_exist_is_refused():
+    with pytest.raises(bench.train.Refusal, match="routed"):
+        bench.main(["sorted"])
