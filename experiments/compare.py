@@ -36,7 +36,9 @@ STUDIES = {
     "dydit": (3, {
         "dense": ("dit", FASHION, []),
         "lambda 0.7": ("dydit", ["--tiny", "parent=dense", "--set", "target=0.7"], []),
-        "lambda 0.5": ("dydit", ["--tiny", "parent=dense", "--set", "target=0.5"], [])}),
+        "lambda 0.5": ("dydit", ["--tiny", "parent=dense", "--set", "target=0.5"], []),
+        "lambda 0.5, 800 steps": ("dydit", ["--tiny", "parent=dense", "--steps", "800", "--set",
+                                            "target=0.5", "quiet=500"], [])}),
     "dydit-ddpm": (1, {
         "dense": ("dit", DDPM, SOLVER),
         "lambda 0.7": ("dydit", ["--tiny", "parent=dense", "--set", "target=0.7"], SOLVER),
