@@ -53,7 +53,8 @@ from experiments.bench_dydit import MIXES, WIDTHS, forward_times
 
 FULL = dict(
     rounds=7, routed=[dict(), dict(T=256), dict(T=8192), dict(E=4), dict(E=64), dict(k=1),
-                      dict(k=4), dict(D=128), dict(D=768), dict(T=256, E=64), dict(T=256, E=64, D=128)],
+                      dict(k=4), dict(D=128), dict(D=768), dict(T=256, E=64),
+                      dict(T=256, E=64, D=128)],
     nets=[dict(name="TINY", batch=64), dict(name="S/2", batch=8)], steps=20,
     models=["dit", "ditmoe", "racedit", "dydit", "dtr"],
     walks=[dict(name="TINY", batch=32), dict(name="S/2", batch=2)], walk_steps=10,
@@ -511,7 +512,8 @@ def memory(shapes, device):
         for bf16 in bf16_too(device):
             row = {}
             for name in ("plain", "ours"):
-                code = ("import torch\nfrom experiments.bench import peak\ntorch.set_num_threads(1)\n"
+                code = ("import torch\nfrom experiments.bench import peak\n"
+                        "torch.set_num_threads(1)\n"
                         f"print(peak({name!r}, {net!r}, torch.device({device.type!r}), {bf16}))")
                 done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                                       cwd=Path(__file__).parent.parent, check=True,
