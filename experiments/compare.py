@@ -67,6 +67,7 @@ def train_one(study, variant, seed, n):
     result = HERE.parent / out / "metrics.json"
     call("-m", "experiments.metrics", out / "last.pt", "--n", n, "--json", result, *judge)
     numbers = json.loads(result.read_text())
+    del numbers["json"]                                 # where it was written says nothing
     numbers["flops"] = flops_ratio(HERE.parent / out / "last.pt")
     return numbers
 
