@@ -405,7 +405,7 @@ def load_cifar10(source, folder, split):
 # ------------------------------------------------------------------------------------ image folders
 
 PICTURES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
-FORMATS = ["PNG", "JPEG", "MPO", "WEBP", "BMP", "PPM", "TIFF", "GIF"]   # EPS would start Ghostscript
+FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF"]   # EPS would start Ghostscript
 
 
 def list_classes(main, part, endings):
@@ -506,7 +506,7 @@ def read_array(path, key=None, mmap=None):
 def read_json(path):
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
 
 

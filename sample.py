@@ -32,7 +32,8 @@ import torch.distributed as dist
 from PIL import Image
 
 from diffusion import DDPM, RectifiedFlow, guide, index_noise
-from train import (MODELS, Parser, Refusal, join, number, parse_setting, read_checkpoint, together)
+from train import (MODELS, Damaged, Parser, Refusal, join, load_stranger, number, parse_setting,
+                   read_checkpoint, together)
 
 # What is released, and how its authors sample: the diffusion, and how many channels DDPM guides.
 # DiT-MoE's S and B are ddpm, XL and G rf; the files do not tell.
@@ -70,13 +71,13 @@ def load_official(name, file, kind, settings):
         given = dict(time_scale=1.0) | given        # the released flows embed t in [0, 1] as it is
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            state = torch.load(file, map_location="cpu", weights_only=True,
-                               mmap=zipfile.is_zipfile(file))
-    except FileNotFoundError:
-        raise Refusal(f"{file}: no such file") from None
+            state = load_stranger(file, ours=False)
     except Exception as e:
+        if not file.exists():
+            raise Refusal(f"{file}: no such file") from None
         found = re.search(r"GLOBAL (\S+)", str(e))
-        why = f"it holds {found[1]}, which could run code" if found else type(e).__name__
+        why = (str(e) if isinstance(e, Damaged) else
+               f"it holds {found[1]}, which could run code" if found else type(e).__name__)
         raise Refusal(f"{file} is not loaded: {why}; what is safe: tensors, plain types and "
                       "argparse.Namespace") from None
     try:

@@ -583,7 +583,7 @@ class Damaged(ValueError):
     """Says what is wrong with a checkpoint."""
 
 
-def load_stranger(file):
+def load_stranger(file, ours=True):
     """torch.load of a file that anybody may have written.
 
     weights_only builds tensors and plain types and runs no code. What it does not look at: whether
@@ -591,14 +591,15 @@ def load_stranger(file):
     tensors that repeat one number a billion times by a stride of 0."""
     if not file.is_file():
         raise Damaged("no regular file")
-    size = file.stat().st_size
-    with zipfile.ZipFile(file) as z:
-        if any(e.compress_type for e in z.infolist()) or sum(
-                e.file_size for e in z.infolist()) > size:
-            raise Damaged("larger inside than outside")
-        if z.testzip():
-            raise Damaged("wrong checksum")
-    content = torch.load(file, map_location="cpu", weights_only=True)
+    size, zipped = file.stat().st_size, ours or zipfile.is_zipfile(file)
+    if zipped:                                      # a few old official files are not
+        with zipfile.ZipFile(file) as z:
+            entries = z.infolist()
+            if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > size:
+                raise Damaged("larger inside than outside")
+            if z.testzip():
+                raise Damaged("wrong checksum")
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped and not ours)
     if sum(t.numel() * t.element_size() for t in tensors_in(content)) > size:
         raise Damaged("larger inside than outside")
     return content
@@ -754,6 +755,7 @@ def restore(args, saved, model, ema, optimizers, path):
     try:
         set_model_state_dict(model, state["model"], options=options)
         set_model_state_dict(ema, state["ema"], options=options)
+        state["optimizer"]["param_groups"][0]       # without one torch would start from nothing
         set_optimizer_state_dict(model, optimizers[0][0], state["optimizer"], options=options)
         path.load_state_dict(saved["path"]["weights"])
         for (o, _), state in zip(optimizers[1:], saved["path"]["optimizer"]):

@@ -1,0 +1,456 @@
+"""Files from strangers: one clear line that names the file, exit code 2, and nothing has happened.
+(Broken latents, IDX and CIFAR-10 files: test_data.py. Official files: test_sample.py, and here.)"""
+
+import contextlib
+import gzip
+import hashlib
+import http.server
+import io
+import json
+import os
+import pickle
+import re
+import signal
+import struct
+import threading
+import time
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from test_faults import command, few_digits
+from test_official import golden
+
+import data
+import dit
+import dtr
+import sample
+import train as train_module
+
+
+@pytest.fixture(autouse=True)
+def here(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "digits", few_digits)
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
+        signal.signal(s, handler)
+    assert not (tmp_path / "mark").exists()             # no pickle has ever run code
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, (f"touch {os.environ['MARK']}",)
+
+
+def refused(capsys, program, *argv):
+    """-> the one line."""
+    began = time.time()
+    code = program([str(a) for a in argv])
+    said = capsys.readouterr()
+    assert code == 2 and said.err.count("\n") == 1, said
+    assert time.time() - began < 20
+    return said.err
+
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A checkpoint as train.py writes it: -> its folder, its contents."""
+    out = tmp_path_factory.mktemp("good")
+    whole, data.digits = data.digits, few_digits
+    assert train_module.cli(command(out, "--steps", 1)) == 0
+    data.digits = whole
+    return out, torch.load(out / "last.pt", weights_only=True)
+
+
+def changed(content, path, value):
+    """A copy with another value at a/b/c."""
+    head, _, rest = path.partition("/")
+    return content | {head: changed(content[head], rest, value) if rest else value}
+
+
+def resave(file, compress=zipfile.ZIP_STORED, edit=lambda name, raw: raw):
+    """The same zip file with other entries, or compressed."""
+    with zipfile.ZipFile(file) as z:
+        entries = {i.filename: z.read(i) for i in z.infolist()}
+    with zipfile.ZipFile(file, "w", compress) as z:
+        for name, raw in entries.items():
+            z.writestr(name, edit(name, raw))
+
+
+def flip(file):
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    file.write_bytes(raw)
+
+
+NAMES = ("x_embedder.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight")
+CONTENTS = {                                            # a change of what is inside, words of the refusal
+    "pickle": (lambda c: c | dict(more=Evil()), "could run code"),
+    "function": (lambda c: c | dict(more=os.system), "could run code"),
+    "version": (lambda c: c | dict(format=99), "format 99"),
+    "version text": (lambda c: c | dict(format="new"), "damaged"),
+    "model name": (lambda c: c | dict(name="os"), "unknown model"),
+    "name type": (lambda c: c | dict(name=["dit"]), "name is a list"),
+    "a list": (lambda c: [c], "damaged"),
+    "a tensor": (lambda c: torch.zeros(3), "damaged"),
+    "no ema": (lambda c: {k: v for k, v in c.items() if k != "ema"}, "damaged"),
+    "model type": (lambda c: c | dict(model=[1]), "model is a list"),
+    "weight type": (lambda c: changed(c, "model/pos_embed", "x"), "pos_embed has shape None"),
+    "weight shape": (lambda c: changed(c, "ema/pos_embed", torch.zeros(1, 2, 3)), "pos_embed has shape"),
+    "more weights": (lambda c: changed(c, "model/more", torch.zeros(3)), "more has shape"),
+    "config type": (lambda c: changed(c, "config/dim", "16"), "dim is a str"),
+    "config bool": (lambda c: changed(c, "config/depth", True), "depth is a bool"),
+    "config float": (lambda c: changed(c, "config/heads", 2.0), "heads is a float"),
+    "config nan": (lambda c: changed(c, "config/time_scale", float("nan")), "time_scale is out of range"),
+    "config unknown": (lambda c: changed(c, "config/evil", 1), "evil"),
+    "huge dim": (lambda c: changed(c, "config/dim", 4_000_000), "config says"),
+    "huger dim": (lambda c: changed(c, "config/dim", 10**15), "dim is out of range"),
+    "huge depth": (lambda c: changed(c, "config/depth", 10**6), "depth is 1000000"),
+    "huge classes": (lambda c: changed(c, "config/classes", 10**7), "config says"),
+    "negative": (lambda c: changed(c, "config/dim", -16), "damaged"),
+    "data type": (lambda c: c | dict(data=3), "data is a int"),
+    "data source": (lambda c: changed(c, "data/source", 3), "source is a int"),
+    "escape codes": (lambda c: changed(c, "data/source", "\x1b[2J"), "source"),
+    "data size": (lambda c: changed(c, "data/size", "8"), "size is a str"),
+    "step": (lambda c: c | dict(step="1"), "step is a str"),
+    "negative step": (lambda c: c | dict(step=-5), "step"),
+    "sums": (lambda c: c | dict(sums=dict(loss=torch.zeros(9))), "sums"),
+    "path kind": (lambda c: changed(c, "path/kind", "sde"), "damaged"),
+    "path options": (lambda c: changed(c, "path/options", dict(times=[1])), "options"),
+    "path unknown": (lambda c: changed(c, "path/options", dict(evil=1)), "damaged"),
+    "path huge": (lambda c: changed(c, "path", dict(kind="ddpm", weights={}, options=dict(
+        weighting="ant-uw", clusters=10**12))), "options"),
+    "repeated number": (lambda c: changed(changed(c, "config/dim", 1_000_000), "model", {
+        k: torch.zeros(()).expand(1_000_000, *v.shape) for k, v in c["model"].items()}), "larger inside"),
+}
+FILES = {                                               # a change of the file
+    "empty": (lambda f: f.write_bytes(b""), "damaged"),
+    "cut": (lambda f: f.write_bytes(f.read_bytes()[:-300]), "damaged"),
+    "half": (lambda f: f.write_bytes(f.read_bytes()[:5000]), "damaged"),
+    "one bit": (flip, "damaged"),
+    "text": (lambda f: f.write_text("not a checkpoint"), "damaged"),
+    "bare pickle": (lambda f: f.write_bytes(pickle.dumps(Evil())), "damaged"),
+    "old torch": (lambda f: torch.save({"a": Evil()}, f, _use_new_zipfile_serialization=False), "damaged"),
+    "compressed": (lambda f: resave(f, zipfile.ZIP_DEFLATED), "larger inside"),
+    "zip bomb": (lambda f: resave(f, zipfile.ZIP_DEFLATED, lambda n, raw: raw if "pkl" in n else bytes(
+        1 << 28) if n.endswith("data/0") else raw), "larger inside"),
+    "short record": (lambda f: resave(f, edit=lambda n, raw: raw[:4] if n.endswith("data/0") else raw),
+                     "damaged"),
+    "folder": (lambda f: (f.unlink(), f.mkdir()), "no regular file"),
+    "pipe": (lambda f: (f.unlink(), os.mkfifo(f)), "no regular file"),
+    "loop": (lambda f: (f.unlink(), f.symlink_to(f)), ""),
+}
+
+
+@pytest.mark.parametrize("harm", [*CONTENTS, *FILES])
+def test_a_harmful_checkpoint_is_refused_wherever_it_is_read(tmp_path, capsys, good, harm):
+    change, word = (CONTENTS | FILES)[harm]
+    file = tmp_path / "last.pt"
+    content = change(good[1]) if harm in CONTENTS else good[1]
+    torch.save(content, file)
+    if harm in FILES:
+        change(file)
+    ways = [(sample.cli, [file]), (train_module.cli, command(tmp_path / "new", "--init", file, "--steps", 1))]
+    if harm != "loop":                                  # that is no run to resume
+        ways.append((train_module.cli, command(tmp_path, "--resume", "--steps", 2)))
+    for program, argv in ways:
+        said = refused(capsys, program, *argv)
+        assert word in said and str(file) in said and len(said) < 500, said
+    assert {f.name for f in tmp_path.iterdir()} == {"last.pt"}
+
+
+@pytest.mark.parametrize("part, value", [
+    ("optimizer", {}), ("optimizer/state", {"x": 1}), ("optimizer/param_groups", []), ("optimizer", {"state": 3}),
+    ("sums", None), ("path/weights", {"x": torch.zeros(1)}), ("path/weights", 3), ("recipe", {}), ("recipe", None),
+    ("data", {"source": "digits"}), ("optimizer/state/pos_embed", {"step": "x"})])
+def test_a_run_is_not_resumed_from_broken_parts(tmp_path, capsys, good, part, value):
+    torch.save(changed(good[1], part, value), tmp_path / "last.pt")
+    before = (tmp_path / "last.pt").read_bytes()
+    code = train_module.cli(command(tmp_path, "--resume", "--steps", 2))
+    said = capsys.readouterr()
+    if code:                                            # what is not needed may be missing
+        assert code == 2 and said.err.count("\n") == 1 and str(tmp_path) in said.err, said.err
+        assert (tmp_path / "last.pt").read_bytes() == before
+    else:
+        assert part in ("recipe", "data", "optimizer/state/pos_embed"), part
+
+
+def test_lists_that_hold_each_other_a_billion_times_do_not_hang(tmp_path, capsys, good):
+    deep = []
+    for _ in range(60):
+        deep = [deep, deep]
+    torch.save(good[1] | dict(more=deep), tmp_path / "a.pt")
+    train_module.read_checkpoint(tmp_path / "a.pt")     # harmless: read, not walked 2**60 times
+
+
+def test_every_load_is_weights_only_and_no_array_is_unpickled():
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")):
+        text = file.read_text()
+        for call in re.finditer(r"torch\.load\(", text):
+            assert "weights_only=True" in text[call.start() : call.start() + 120], file
+        for call in re.finditer(r"np\.load\(", text):
+            assert "allow_pickle=True" not in text[call.start() : call.start() + 120], file
+        assert not re.search(r"pickle\.loads?\(|joblib|dill|\beval\(\w|exec\(", text.replace(
+            ".eval()", "")), file
+
+
+@pytest.mark.parametrize("harm", ["pickle", "repeated number", "compressed", "zip bomb", "empty", "pipe", "folder"])
+def test_a_harmful_official_file_is_refused(tmp_path, capsys, harm):
+    file, state = tmp_path / "theirs.pt", golden("dit")[1]
+    if harm == "pickle":
+        state = {"ema": state, "args": Evil()}
+    if harm == "repeated number":
+        state = {k: torch.zeros(()).expand(1_000_000, *v.shape) for k, v in state.items()}
+    torch.save(state, file)
+    if harm in FILES:
+        FILES[harm][0](file)
+    said = refused(capsys, sample.cli, "--official", "dit", file, "--set", "heads=4")
+    assert str(file) in said
+    assert {f.name for f in tmp_path.iterdir()} == {"theirs.pt"}
+
+
+# ------------------------------------------------------------------------------------------- pictures
+
+
+def noise(*shape, top=256, kind=np.uint8):
+    return np.random.default_rng(0).integers(0, top, shape).astype(kind)
+
+
+def pictures(folder, special=None, name="1.png"):
+    for c in ("cat", "dog"):
+        (folder / c).mkdir(parents=True)
+        for i in range(3):
+            Image.fromarray(noise(12, 12, 3)).save(folder / c / f"{i}.png")
+    if special is not None:
+        (folder / "cat" / "1.png").unlink()
+        (folder / "cat" / name).write_bytes(special)
+    return folder
+
+
+def encoded(picture, kind="PNG", **options):
+    f = io.BytesIO()
+    picture.save(f, kind, **options)
+    return f.getvalue()
+
+
+def all_of(folder):
+    some = data.load(folder, size=8)
+    return some.batch(torch.arange(len(some)))[0]
+
+
+def chunk(name, body):
+    import zlib
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png_that_claims(width, height):
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", b"x\x9c") + chunk(b"IEND", b"")
+
+
+BROKEN = {
+    "empty": b"", "text": b"hello", "cut": encoded(Image.fromarray(noise(40, 40, 3)))[:500],
+    "cut jpeg": encoded(Image.fromarray(noise(40, 40, 3)), "JPEG")[:700],
+    "a bomb": png_that_claims(60_000, 60_000), "a smaller bomb, which Pillow only warns of":
+    png_that_claims(10_000, 10_000), "no pixels": png_that_claims(0, 0),
+    "narrow": encoded(Image.new("RGB", (1, 5000))),
+    "postscript": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n",
+    "floats": encoded(Image.fromarray(noise(9, 9).astype(np.float32)), "TIFF"),
+    "pickle": pickle.dumps([1, 2]),
+}
+
+
+@pytest.mark.parametrize("harm", BROKEN)
+def test_a_broken_picture_is_one_line_that_names_it(tmp_path, capsys, harm):
+    folder = pictures(tmp_path / "in", BROKEN[harm])
+    for program, argv in ((train_module.cli, command(tmp_path / "out", "--data", folder, "--image-size", 14)),):
+        said = refused(capsys, program, *argv)
+        assert "1.png" in said, said
+    with pytest.raises(data.DataError, match="1.png"):
+        all_of(folder)
+
+
+def test_unusual_pictures_are_read_for_what_they_show(tmp_path):
+    grey = noise(8, 8, top=65536, kind=np.uint16)
+    rgb = Image.fromarray(noise(8, 8, 3))
+    other = Image.fromarray(255 - noise(8, 8, 3))
+    seen = lambda raw, name="1.png": all_of(pictures(tmp_path / os.urandom(4).hex(), raw, name))[1]
+    plain = seen(encoded(rgb))
+    high = torch.from_numpy(grey >> 8).float() / 127.5 - 1
+    assert torch.equal(seen(encoded(Image.fromarray(grey)))[0], high)           # 16 bits
+    assert torch.equal(seen(encoded(Image.fromarray(grey.astype(np.int32)), "TIFF"), "1.tif")[2], high)
+    for kind in ("PNG", "WEBP", "TIFF", "GIF"):         # moving ones: their first picture
+        moving = encoded(rgb, kind, save_all=True, append_images=[other] * 2, lossless=True)
+        still = encoded(rgb, kind, lossless=True)
+        assert torch.equal(seen(moving), seen(still))
+    cmyk = seen(encoded(rgb.convert("CMYK"), "TIFF"), "1.tif")
+    assert torch.equal(cmyk, plain)
+    assert seen(encoded(rgb.convert("CMYK"), "JPEG", quality=100), "1.jpg").sub(plain).abs().mean() < 0.2
+    assert torch.equal(seen(encoded(Image.new("RGB", (1, 1), (255, 0, 0))))[:, 0, 0], torch.tensor([1.0, -1, -1]))
+    assert (seen(encoded(Image.new("1", (1, 1), 1))) == 1).all()                # 1 bit
+    assert seen(encoded(rgb.convert("P"))).shape == seen(encoded(rgb.convert("RGBA"))).shape == (3, 8, 8)
+
+
+def test_links_that_loop_and_pipes_do_not_hang(tmp_path):
+    folder = pictures(tmp_path / "in")
+    (folder / "cat" / "up").symlink_to(folder)
+    (folder / "self").symlink_to(folder / "self")
+    assert len(all_of(folder)) == 5
+    (folder / "cat" / "9.png").symlink_to(folder / "cat" / "9.png")
+    with pytest.raises(data.DataError, match="9.png"):
+        all_of(folder)
+    (folder / "cat" / "9.png").unlink()
+    os.mkfifo(folder / "cat" / "9.png")
+    with pytest.raises(data.DataError, match="9.png"):
+        all_of(folder)
+
+
+def test_pillows_limits_are_never_switched_off():
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py")):
+        assert not re.search(r"MAX_IMAGE_PIXELS *= |LOAD_TRUNCATED_IMAGES", file.read_text()), file
+
+
+# --------------------------------------------------------------------------------- arrays and tables
+
+
+def native(folder, latents=None, labels=None, **meta):
+    folder.mkdir()
+    np.save(folder / "latents.npy", np.zeros((4, 4, 8, 8), np.float32) if latents is None else latents)
+    np.save(folder / "labels.npy", np.arange(4) if labels is None else labels, allow_pickle=True)
+    (folder / "meta.json").write_text(json.dumps(dict(kind="samples", scale=1, classes=4) | meta))
+
+
+def write_npy(file, shape, body=b"", dtype="<f4"):
+    with open(file, "wb") as f:
+        np.lib.format.write_array_header_1_0(f, dict(descr=dtype, fortran_order=False, shape=shape))
+        f.write(body)
+
+
+TABLES = {
+    "object labels": (lambda f: native(f, labels=np.array([Evil()] * 4)), "labels.npy"),
+    "huge claim": (lambda f: (native(f), write_npy(f / "latents.npy", (10**9, 4, 8, 8))), "latents.npy"),
+    "huge labels": (lambda f: (native(f), write_npy(f / "labels.npy", (10**13,), dtype="<i8")), "labels.npy"),
+    "no latents": (lambda f: native(f, latents=np.zeros((0, 4, 8, 8), np.float32)), str),
+    "complex": (lambda f: native(f, latents=np.zeros((4, 4, 8, 8), np.complex64)), "latents.npy"),
+    "classes text": (lambda f: native(f, classes="4"), "meta.json"),
+    "huge classes": (lambda f: native(f, classes=10**12), "meta.json"),
+    "names": (lambda f: native(f, names=[1, 2, 3, 4]), "meta.json"),
+    "names text": (lambda f: native(f, names="abcd"), "meta.json"),
+    "scale bool": (lambda f: native(f, scale=0), "meta.json"),
+    "a list": (lambda f: (native(f), (f / "meta.json").write_text("[]")), "meta.json"),
+    "deep": (lambda f: (native(f), (f / "meta.json").write_text("[" * 100_000)), "meta.json"),
+    "binary": (lambda f: (native(f), (f / "meta.json").write_bytes(b"\xff\xfe\x00")), "meta.json"),
+    "pipe": (lambda f: (native(f), (f / "labels.npy").unlink(), os.mkfifo(f / "labels.npy")), "labels.npy"),
+}
+
+
+@pytest.mark.parametrize("harm", TABLES)
+def test_broken_latents_are_one_line_that_names_the_file(tmp_path, capsys, harm):
+    write, word = TABLES[harm]
+    write(tmp_path / "in")
+    said = refused(capsys, train_module.cli, *command(tmp_path / "out", "--data", tmp_path / "in"))
+    assert (str(tmp_path / "in") if word is str else word) in said, said
+
+
+@pytest.mark.parametrize("harm", ["objects", "bomb", "cut", "no key"])
+def test_a_broken_npz_is_one_line_that_names_it(tmp_path, capsys, monkeypatch, harm):
+    (tmp_path / "in/cat").mkdir(parents=True)
+    one = np.zeros((8, 4, 4), np.float32)
+    for i in range(3):
+        np.savez(tmp_path / f"in/cat/{i}.npz", moments=one, moments_flip=one)
+    file = tmp_path / "in/cat/1.npz"
+    if harm == "objects":
+        np.savez(file, moments=np.array([Evil()]), moments_flip=one)
+    if harm == "bomb":
+        monkeypatch.setattr(data, "LIMIT", 1 << 20)     # the real one would take a second to make
+        np.savez_compressed(file, moments=np.zeros((8, 256, 256), np.float32), moments_flip=one)
+        assert file.stat().st_size < 20_000
+    if harm == "cut":
+        file.write_bytes(file.read_bytes()[:300])
+    if harm == "no key":
+        np.savez(file, other=one)
+    assert "1.npz" in refused(capsys, train_module.cli, *command(tmp_path / "out", "--data", tmp_path / "in"))
+
+
+def test_a_cifar10_batch_that_repeats_one_byte_a_billion_times_is_refused(tmp_path):
+    huge = np.broadcast_to(np.zeros((1, 1), np.uint8), (4, 3072))
+
+    class Repeated:                                     # numpy.ndarray(shape, dtype, buffer, 0, strides)
+        def __reduce__(self):
+            return np.ndarray, (huge.shape, np.dtype("u1"), b"\0", 0, (0, 0))
+    for i in range(1, 6):
+        raw = pickle.dumps({"data": Repeated(), "labels": [0] * 4}, protocol=2)
+        (tmp_path / f"data_batch_{i}").write_bytes(raw)
+    with pytest.raises(data.DataError, match="data_batch_1"):
+        data.load(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------ downloads
+
+
+@contextlib.contextmanager
+def serving(answer):
+    """A server on this machine: answer(handler) does the rest."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        do_GET = lambda self: answer(self)
+        log_message = lambda *_: None
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/x.gz"
+    server.shutdown(), server.server_close()
+
+
+def answer(body, claim=None, status=200):
+    def go(handler):
+        handler.send_response(status)
+        handler.send_header("Content-Length", str(len(body) if claim is None else claim))
+        handler.end_headers()
+        handler.wfile.write(body)
+    return go
+
+
+GOOD = gzip.compress(b"the data")
+ANSWERS = {"cut": answer(GOOD[:-9], len(GOOD)), "cut, but well said": answer(GOOD[:-9]), "missing": answer(b"", 0, 404),
+           "another": answer(gzip.compress(b"other data")), "no gz": answer(b"<html>"), "empty": answer(b""),
+           "a bomb": answer(gzip.compress(bytes(200 << 20), 1)), "no http": lambda h: h.wfile.write(b"\0" * 99)}
+
+
+@pytest.mark.parametrize("case", ANSWERS)
+def test_a_failed_download_leaves_nothing(tmp_path, case):
+    checksum = hashlib.sha256(b"the data").hexdigest()
+    with serving(ANSWERS[case]) as url, pytest.raises(data.DataError) as error:
+        data.download("mnist", url, tmp_path / "cache/x.gz", checksum)
+    assert url in str(error.value) and "\n" not in str(error.value)
+    assert not [f for f in tmp_path.rglob("*") if f.is_file()]
+
+
+def test_a_good_download_appears_all_at_once(tmp_path, monkeypatch):
+    replace, seen = os.replace, []
+
+    def watch(a, b):
+        seen.append(([f.name for f in tmp_path.rglob("*.gz")], open(a, "rb").read() == GOOD))
+        replace(a, b)
+    monkeypatch.setattr(data.os, "replace", watch)
+    with serving(answer(GOOD)) as url:
+        data.download("mnist", url, tmp_path / "x.gz", hashlib.sha256(b"the data").hexdigest())
+    assert seen == [([], True)] and [f.name for f in tmp_path.iterdir()] == ["x.gz"]
+
+
+def test_a_download_onto_a_full_disk_or_stopped_by_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
+    def fail(error):
+        def fsync(n):
+            raise error
+        return fsync
+    for error, seen in ((OSError(28, "No space left on device"), data.DataError), (KeyboardInterrupt(),) * 2):
+        monkeypatch.setattr(data.os, "fsync", fail(error))
+        with serving(answer(GOOD)) as url, pytest.raises(seen if isinstance(seen, type) else KeyboardInterrupt):
+            data.download("mnist", url, tmp_path / "x.gz", hashlib.sha256(b"the data").hexdigest())
+        assert not list(tmp_path.iterdir())
