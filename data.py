@@ -872,9 +872,16 @@ def finish(out, labels, meta):
     write_whole(out / "meta.json", json.dumps(meta).encode())
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Encode pictures to latents with a VAE.")
-    command = parser.add_subparsers(dest="command", required=True).add_parser("encode")
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise DataError(message)
+
+
+def parse_args(argv):
+    parser = Parser(prog="data.py", description="Encode pictures to latents with a VAE.",
+                    allow_abbrev=False)
+    command = parser.add_subparsers(dest="command", required=True).add_parser(
+        "encode", allow_abbrev=False)
     command.add_argument("--images", required=True, help="a folder with one sub-folder per class")
     command.add_argument("--out", required=True, help="where the latents go")
     command.add_argument("--vae", required=True, help="such as stabilityai/sd-vae-ft-ema")
@@ -884,12 +891,27 @@ def main(argv=None):
     command.add_argument("--rank", type=int, default=int(os.environ.get("RANK", 0)))
     command.add_argument("--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)))
     args = parser.parse_args(argv)
+    if not (0 <= args.rank < args.world and args.batch > 0 and 8 <= args.size <= 4096):
+        raise DataError("needs 0 <= rank < world, batch > 0 and 8 <= size <= 4096")
+    return args
+
+
+def find_device(args):
     device = args.device or (f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available()
                              else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise DataError(f"--device {device}: not available on this machine") from None
+    return device
+
+
+def main(argv=None):
+    """The command line -> exit code: 0, 2 with one line on stderr, 130 when stopped."""
     log = lambda text: print(text, end="", file=sys.stderr, flush=True)
     try:
-        if not (0 <= args.rank < args.world and args.batch > 0 and 8 <= args.size <= 4096):
-            raise DataError("needs 0 <= rank < world, batch > 0 and 8 <= size <= 4096")
+        args = parse_args(argv)
+        device = find_device(args)
         vae = load_vae(args.vae)
         vae_scale(vae)
         encode(args.images, args.out, vae, args.vae, args.size, args.batch, device, args.rank,
@@ -902,8 +924,8 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130
-    except (DataError, OSError) as error:
-        print(f"data.py: {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 

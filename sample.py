@@ -12,6 +12,7 @@ first 10 are the same. torchrun's processes take the batches in turn: the pictur
 to the bit. Read next: generate(), then walk()."""
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import json
@@ -170,6 +171,8 @@ def write_whole(file, write):
             write(f)
         os.replace(beside, file)
     except OSError as e:
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise Refusal(f"cannot write {file}: {e.strerror or e}") from None
 
 
@@ -243,11 +246,11 @@ def decoder(name, latent, device):
 
 def parse_args(argv):
     p = Parser(prog="sample.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    count = number(int, 1)
+    count = number(int, 1, 10**7)
     p.add_argument("checkpoint", type=Path)
     p.add_argument("--out", type=Path, help="PNG (default: grid.png beside the checkpoint)")
     p.add_argument("--n", type=count, default=80, help="how many pictures, classes in turn")
-    p.add_argument("--classes", type=number(int, 0), nargs="+", help="only these, in turn")
+    p.add_argument("--classes", type=number(int, 0, 10**7), nargs="+", help="only these, in turn")
     p.add_argument("--steps", type=count, help=f"default: {STEPS}")
     p.add_argument("--solver", choices=tuple(STEPS))
     p.add_argument("--eta", type=number(float, 0, 1), default=0.0, help="noise of ddim")
@@ -255,7 +258,7 @@ def parse_args(argv):
     p.add_argument("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0),
                    metavar=("LO", "HI"), help="guide only while t is in here")
     p.add_argument("--cfg-channels", type=count, help="guide the first channels only (DiT: 3)")
-    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     p.add_argument("--batch", type=count, default=64)
     p.add_argument("--film", action="store_true", help="also film.png: x_t along the way")
     p.add_argument("--maps", action="store_true", help="also maps.png: compute per token along the way")
@@ -272,6 +275,12 @@ def parse_args(argv):
         raise Refusal("--weights raw: of an official file the averaged weights are read")
     if not args.official and (args.path or args.set):
         raise Refusal("--path and --set are for --official; our checkpoints know their own")
+    outputs = [args.out or args.checkpoint.parent / "grid.png", *([args.npz] if args.npz else [])]
+    outputs += [outputs[0].with_name(f"{k}.png") for k in ("film", "maps") if vars(args)[k]]
+    for i, file in enumerate(outputs):
+        ending = ".npz" if args.npz and i == 1 else ".png"
+        if file.suffix != ending or file.is_dir() or file in outputs[:i]:
+            raise Refusal(f"{file}: must be a file of its own that ends in {ending}")
     return args
 
 
@@ -311,6 +320,11 @@ def choices(args, model, path):
     wanted = args.classes or range(classes)
     if max(wanted) >= classes:
         raise Refusal(f"--classes {max(wanted)}: this checkpoint has classes 0 to {classes - 1}")
+    if args.maps:                               # refused now, not when all else has been written
+        c, where = model.cfg, next(model.parameters()).device
+        with torch.no_grad():
+            Watch(model)(torch.zeros(1, c.channels, c.size, c.size, device=where),
+                         torch.zeros(1, device=where), torch.zeros(1, device=where).long())
     scale, channels, steps = args.cfg, args.cfg_channels, args.steps
     if args.official:                           # the papers' figures: 250 steps, or 50 of a flow
         scale = 1.5 if scale is None else scale

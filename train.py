@@ -423,7 +423,7 @@ def join(wanted):
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()        # meta has no numbers
     except (RuntimeError, AssertionError):
         raise Refusal(f"--device {wanted}: not available on this machine") from None
     if "RANK" not in os.environ:
@@ -1028,7 +1028,7 @@ def number(kind, low, high=math.inf):
 
 def parse_args(argv):
     p = Parser(prog="train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    count, real = number(int, 1), number(float, 0)
+    count, real = number(int, 1, 10**9), number(float, 0)
     p.add_argument("--model", required=True, choices=MODELS)
     p.add_argument("--tiny", action="store_true", help="a laptop: small model, short recipe")
     p.add_argument("--size", help="a paper's size: S/2, B/2, ... XL/2")
@@ -1040,17 +1040,18 @@ def parse_args(argv):
     p.add_argument("--schedule", choices=("linear", "cosine"), help="ddpm: noise schedule")
     p.add_argument("--weighting", choices=("none", "min-snr", "p2", "ant-uw"), help="ddpm: of times")
     p.add_argument("--gamma", type=real, help="of min-snr (5) and p2 (1)")
-    p.add_argument("--clusters", type=count, help="of ant-uw (8)")
+    p.add_argument("--clusters", type=number(int, 1, DDPM.T), help="of ant-uw (8)")
     p.add_argument("--steps", type=count)
-    p.add_argument("--batch", type=count, help="pictures per step, over all processes")
+    p.add_argument("--batch", type=number(int, 1, 1 << 20),
+                   help="pictures per step, over all processes")
     p.add_argument("--lr", type=real)
-    p.add_argument("--warmup", type=number(int, 0), help="steps until the full learning rate")
+    p.add_argument("--warmup", type=number(int, 0, 10**9), help="steps until the full learning rate")
     p.add_argument("--beta2", type=number(float, 0, 0.9999999), help="of AdamW")
     p.add_argument("--cooldown", type=number(float, 0, 1), help="lr falls to 0 in this last share")
     p.add_argument("--ema", type=number(float, 0, 1), help="decay of the averaged weights")
     p.add_argument("--clip", type=real, help="largest gradient norm, 0: none")
     p.add_argument("--drop", type=number(float, 0, 1), default=0.1, help="share of labels hidden")
-    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     p.add_argument("--out", type=Path, help="folder (default: runs/MODEL)")
     p.add_argument("--resume", action="store_true", help="go on from OUT/last.pt, if it is there")
     p.add_argument("--init", type=Path, help="start from the weights of this dense checkpoint")
@@ -1067,7 +1068,7 @@ def parse_args(argv):
                    help="give up after so many steps in a row without a finite gradient")
     p.add_argument("--save-every", type=count)
     p.add_argument("--log-every", type=count)
-    p.add_argument("--sample-every", type=number(int, 0), help="0: never")
+    p.add_argument("--sample-every", type=number(int, 0, 10**9), help="0: never")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--dry-run", action="store_true",
                    help="count parameters, GMACs and bytes per GPU, then exit")
