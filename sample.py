@@ -33,8 +33,8 @@ import torch.distributed as dist
 from PIL import Image
 
 from diffusion import DDPM, RectifiedFlow, guide, index_noise
-from train import (MODELS, Damaged, Parser, Refusal, join, load_stranger, number, parse_setting,
-                   read_checkpoint, together)
+from train import (MODELS, Damaged, Parser, Refusal, join, keep_memory, load_stranger, number,
+                   parse_setting, read_checkpoint, together)
 
 # What is released, and how its authors sample: the diffusion, and how many channels DDPM guides.
 # DiT-MoE's S and B are ddpm, XL and G rf; the files do not tell.
@@ -286,6 +286,8 @@ def parse_args(argv):
 
 def main(args):
     rank, world, device = join(args.device)
+    if device.type == "cpu":
+        keep_memory()
     if args.official:
         read = partial(load_official, args.official, args.checkpoint, args.path, args.set)
     else:

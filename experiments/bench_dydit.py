@@ -200,6 +200,7 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=Path("runs"))
     args = p.parse_args(argv)
     torch.set_num_threads(1)
+    train.keep_memory()                                     # as train.py and sample.py do
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "dydit_speed.json"
     results = json.loads(file.read_text()) if file.exists() else {}
