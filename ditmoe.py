@@ -172,10 +172,9 @@ class Experts(nn.Module):
     def one(self, x, *weights):
         """One expert, x (n, D) -> (n, D). A CPU builds a bf16 product anew for every number of rows
         it has not seen: rounding n up makes numbers recur, and a training step much faster."""
-        spare = -len(x) % 128 if x.dtype == torch.bfloat16 else 0
-        if spare:
-            return self.network(F.pad(x, (0, 0, 0, spare)), *weights)[: len(x)]
-        return self.network(x, *weights)                    # padding by nothing would copy x
+        if x.dtype != torch.bfloat16:                       # padding by nothing would copy x
+            return self.network(x, *weights)
+        return self.network(F.pad(x, (0, 0, 0, -len(x) % 128)), *weights)[: len(x)]
 
     def network(self, x, w1, w2, b1, b2, linear=F.linear):
         return linear(self.act(linear(x, w1, b1)), w2, b2)
