@@ -42,7 +42,9 @@ STUDIES = {
     "dydit-ddpm": (1, {
         "dense": ("dit", DDPM, SOLVER),
         "lambda 0.7": ("dydit", ["--tiny", "parent=dense", "--set", "target=0.7"], SOLVER),
-        "lambda 0.5": ("dydit", ["--tiny", "parent=dense", "--set", "target=0.5"], SOLVER)}),
+        "lambda 0.5": ("dydit", ["--tiny", "parent=dense", "--set", "target=0.5"], SOLVER),
+        "lambda 0.5, 800 steps": ("dydit", ["--tiny", "parent=dense", "--steps", "800", "--set",
+                                            "target=0.5", "quiet=500"], SOLVER)}),
 }
 COLUMNS = {"frechet": "Frechet", "accuracy": "accuracy", "precision": "precision", "recall": "recall",
            "loss": "val. loss", "flops": "FLOPs"}
@@ -141,7 +143,7 @@ def main():
     p = argparse.ArgumentParser(description="Train the variants of a claim and compare them.")
     p.add_argument("study", choices=STUDIES)
     p.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    p.add_argument("--n", type=int, default=1000, help="samples per run")
+    p.add_argument("--n", type=int, default=2000, help="samples per run")
     p.add_argument("--show", action="store_true")
     args = p.parse_args()
     if not args.show:

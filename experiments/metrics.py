@@ -219,7 +219,8 @@ def fidelity(file, reference, device):
 def from_checkpoint(args):
     """Sample from a checkpoint and measure its validation loss. -> samples, labels, source, loss"""
     import sample                               # lazily: an npz is judged without any model
-    from train import Refusal
+    from train import Refusal, keep_memory
+    keep_memory()
     try:
         model, path, checkpoint = sample.load(args.file, weights=args.weights, device=args.device)
         if args.solver and args.solver not in path.solvers:
