@@ -43,6 +43,7 @@ import os
 import pickle
 import shutil
 import sys
+import threading
 import time
 import urllib.request
 import warnings
@@ -483,8 +484,12 @@ def image_folder(main, part, size):
 
 # ------------------------------------------------------------------------------------------ latents
 
-def read_array(path, key=None, mmap=None):
-    """A .npy file, or one array of an .npz; never a pickle."""
+HEADERS = threading.Lock()      # NumPy reads a header with Python's own parser, whose count of its
+                                # depth is one for all threads in 3.11: now and then a SystemError
+
+
+def read_array(path, key=None):
+    """A .npy file, mapped and not yet read, or one array of an .npz; never a pickle."""
     try:
         if not os.path.isfile(path):
             raise DataError("no regular file")  # to open a pipe would wait for ever
@@ -492,10 +497,11 @@ def read_array(path, key=None, mmap=None):
             with zipfile.ZipFile(path) as z:
                 if sum(entry.file_size for entry in z.infolist()) > LIMIT:
                     raise DataError(f"unpacks to more than {LIMIT:,} bytes")
-        found = np.load(path, mmap_mode=mmap, allow_pickle=False)
-        if key is not None:
-            with found:
-                found = found[key]
+        with HEADERS:
+            found = np.load(path, mmap_mode="r", allow_pickle=False)
+            if key is not None:
+                with found:
+                    found = found[key]
     except Exception as error:                  # damaged files raise a dozen different errors
         raise DataError(f"{path}: cannot be read ({error})") from None
     if not isinstance(found, np.ndarray) or found.dtype.kind not in "fiu":
@@ -555,7 +561,7 @@ def native(main, part, latent_kind):
     if kind not in MOMENTS or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
         raise DataError(f"{part / 'meta.json'}: needs kind ({', '.join(MOMENTS)}) and scale")
     path = part / "latents.npy"
-    array = read_array(path, mmap="r")
+    array = read_array(path)
     if array.ndim not in (4, 5) or array.ndim == 5 and array.shape[1] not in (1, 2):
         raise DataError(f"{path}: must be (N, C, S, S) or (N, 2, C, S, S), not {array.shape}")
     names, classes = meta.get("names") or [], meta.get("classes") or 0
