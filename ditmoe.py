@@ -145,18 +145,18 @@ def gelu(z):
 class Experts(nn.Module):
     """E networks D -> h -> D, their weights stacked.  x (R, D), rows sorted by expert -> (R, D).
 
-    swiglu: W_d (silu(W_g x) * W_u x), w1 = [W_g; W_u] and w2 = W_d. gelu: DiT's Mlp, with biases.
+    swiglu: (silu(x W_g) * x W_u) W_d, w1 = [W_g W_u] and w2 = W_d. gelu: DiT's Mlp, with biases.
     owner (R,) names each row's expert, ascending. An expert without rows has a gradient of zero."""
 
     def __init__(self, cfg):
         super().__init__()
         E, D, h = cfg.experts, cfg.dim, cfg.hidden * cfg.dim
         self.act = swiglu if cfg.expert == "swiglu" else gelu
-        self.w1 = nn.Parameter(torch.empty(E, 2 * h if cfg.expert == "swiglu" else h, D))
-        self.w2 = nn.Parameter(torch.empty(E, D, h))
+        self.w1 = nn.Parameter(torch.empty(E, D, 2 * h if cfg.expert == "swiglu" else h))
+        self.w2 = nn.Parameter(torch.empty(E, h, D))    # (in, out): faster than Linear's (out, in)
         self.b1 = nn.Parameter(torch.zeros(E, h)) if cfg.expert == "gelu" else None
         self.b2 = nn.Parameter(torch.zeros(E, D)) if cfg.expert == "gelu" else None
-        xavier(*(w for stack in (*self.w1.data.split(h, dim=1), self.w2.data) for w in stack))
+        xavier(*(w for stack in (*self.w1.data.split(h, dim=2), self.w2.data) for w in stack))
 
     def forward(self, x, owner):
         stacks = [w if w is None else w.to(x.dtype) for w in (self.w1, self.w2, self.b1, self.b2)]
@@ -173,16 +173,21 @@ class Experts(nn.Module):
         """One expert, x (n, D) -> (n, D). A CPU builds a bf16 product anew for every number of rows
         it has not seen: rounding n up makes numbers recur, and a training step much faster."""
         if x.dtype != torch.bfloat16:                       # padding by nothing would copy x
-            return self.network(x, *weights)
-        return self.network(F.pad(x, (0, 0, 0, -len(x) % 128)), *weights)[: len(x)]
+            return self.network(x, *weights, one_linear)
+        return self.network(F.pad(x, (0, 0, 0, -len(x) % 32)), *weights, one_linear)[: len(x)]
 
-    def network(self, x, w1, w2, b1, b2, linear=F.linear):
+    def network(self, x, w1, w2, b1, b2, linear):
         return linear(self.act(linear(x, w1, b1)), w2, b2)
 
 
+def one_linear(x, w, b):
+    """One expert's linear layer.  x (n, in), w (in, out), b (out,) or None."""
+    return x @ w if b is None else torch.addmm(b, x, w)                     # (n, out)
+
+
 def grouped_linear(x, w, b, ends, owner):
-    """Every expert's linear layer in one kernel.  x (R, in), w (E, out, in), b (E, out) or None."""
-    x = F.grouped_mm(x, w.mT, offs=ends)                                    # (R, out)
+    """Every expert's linear layer in one kernel.  x (R, in), w (E, in, out), b (E, out) or None."""
+    x = F.grouped_mm(x, w, offs=ends)                                       # (R, out)
     return x if b is None else x + b.index_select(0, owner)
 
 
@@ -375,7 +380,8 @@ def from_official(state, heads=None, k=None, **overrides):
                    shared=width.get("shared_experts", 0) // D, heads=heads or D // len(q_norm))
     for moe in (f"blocks.{i}.moe." for i in range(fields["depth"])):
         stacks = zip(*(fuse(state, f"{moe}experts.{e}") for e in range(E)))
-        state[f"{moe}experts.w1"], state[f"{moe}experts.w2"] = map(torch.stack, stacks)
+        w1, w2 = (torch.stack(stack).mT.contiguous() for stack in stacks)
+        state[f"{moe}experts.w1"], state[f"{moe}experts.w2"] = w1, w2
         if fields["shared"]:
             shared = f"{moe}shared_experts"
             state[f"{shared}.w1"], state[f"{shared}.w2"] = fuse(state, shared)
@@ -397,7 +403,7 @@ def to_official(model):
     if cfg.expert != "swiglu" or len(moe_layers(cfg)) < cfg.depth:
         raise ValueError("the official layout has SwiGLU experts in every block and knows no other")
     for moe in (f"blocks.{i}.moe." for i in range(cfg.depth)):
-        stacks = zip(state.pop(f"{moe}experts.w1"), state.pop(f"{moe}experts.w2"))
+        stacks = zip(state.pop(f"{moe}experts.w1").mT, state.pop(f"{moe}experts.w2").mT)
         nets = {f"{moe}experts.{e}": weights for e, weights in enumerate(stacks)}
         if cfg.shared:
             shared = f"{moe}shared_experts"
@@ -429,7 +435,8 @@ def from_dense(state, cfg):
         elif name.startswith("shared_experts.fc2"):
             nn.init.zeros_(w)
         elif source in state:
-            w.copy_(state[source].expand_as(w))         # one MLP fills all E rows of a stack
+            one = state[source]                         # one MLP fills all E rows of a stack
+            w.copy_((one.T if name in ("experts.w1", "experts.w2") else one).expand_as(w))
         elif not name.startswith("shared_experts"):
             raise ValueError(f"not a dense DiT of this depth: it has no {source}")
     return model

@@ -139,7 +139,7 @@ def main(args):
                 settle(ema, path, loss_of, fetch, done, device, world)
         if to_save:
             due = False
-            if not size_of(model).isfinite():
+            if not full(nn.utils.get_total_norm(list(model.parameters()))).isfinite():
                 raise lost(args, done, "the weights are no longer finite")
             save(args, rank, world, path, data, model, ema, optimizers, done, report.sums)
         if to_show:
@@ -344,28 +344,31 @@ def make_optimizers(args, module, model, path, device):
 
 
 def clip_gradients(limit, model, path, world):
-    """-> norm of all gradients. A limit of 0 only measures."""
+    """-> norm of all gradients. A limit of 0 only measures. Looking at the norm waits for a GPU,
+    but scaling by 1, as clip_grad_norm_ does, would read and write every gradient for nothing."""
     for p in path.parameters():                     # small, not inside DDP: averaged here
         if world > 1:
             dist.all_reduce(p.grad)
             p.grad /= world
-    norm = nn.utils.clip_grad_norm_(model.parameters(), limit or math.inf)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    if limit and full(norm) > limit:
+        nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return full(norm)
+
+
+def full(v):
+    return v.full_tensor() if hasattr(v, "full_tensor") else v      # FSDP keeps a part of it
 
 
 def sound(norm, losses, path, world):
     """Are the gradient and the losses numbers? The norm is that of all processes, the losses are
-    not: they are added up, so that all decide alike. The only time that a step waits for the GPU."""
+    not: they are added up, so that all decide alike. Here and for the norm a step waits for the
+    GPU, and nowhere else."""
     total = sum(losses.values())
     if world > 1:
         dist.all_reduce(total)
     total = total + sum(p.grad.sum() for p in path.parameters())
     return bool((norm + 0 * total).isfinite())
-
-
-def size_of(model):
-    norm = nn.utils.get_total_norm(list(model.parameters()))
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
 
 
 def lost(args, step, why):

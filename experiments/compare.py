@@ -143,7 +143,7 @@ def main():
     p = argparse.ArgumentParser(description="Train the variants of a claim and compare them.")
     p.add_argument("study", choices=STUDIES)
     p.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    p.add_argument("--n", type=int, default=2000, help="samples per run")
+    p.add_argument("--n", type=int, default=1000, help="samples per run")
     p.add_argument("--show", action="store_true")
     args = p.parse_args()
     if not args.show:

@@ -77,7 +77,7 @@ def test_the_layer_is_the_weighted_sum_over_chosen_experts_token_by_token(expert
         P = (moe.gate.weight @ x[b, t]).softmax(0)
         expected = moe.shared_experts(x[b, t]) if shared else torch.zeros(32)
         for e in P.argsort(descending=True)[:k]:
-            w1, w2 = moe.experts.w1[e], moe.experts.w2[e]
+            w1, w2 = moe.experts.w1[e].T, moe.experts.w2[e].T
             if expert == "swiglu":
                 own = w2 @ (F.silu(w1[:64] @ x[b, t]) * (w1[64:] @ x[b, t]))
             else:
@@ -177,7 +177,7 @@ def test_float64_and_widths_that_no_kernel_likes_work():
 
 def test_experts_start_as_xavier_matrices_and_the_router_within_one_over_root_d():
     moe = ditmoe.MoE(replace(SMALL, dim=128, hidden=4))
-    for w in (*moe.experts.w1.split(512, dim=1), moe.experts.w2):
+    for w in (*moe.experts.w1.split(512, dim=2), moe.experts.w2):
         assert abs(w.std().item() / (2 / (128 + 512)) ** 0.5 - 1) < 0.02
     assert 0.95 < moe.gate.weight.abs().max().item() * 128**0.5 <= 1
 
@@ -392,7 +392,7 @@ def test_official_training_outputs_balance_losses_and_gradients_are_ours(theirs)
     close(aux["balance_loss"], g["balance_losses_alpha001"].sum())
     (out.square().mean() + aux["balance_loss"]).backward()
     close(model.blocks[0].moe.gate.weight.grad, g["grad_gate0"])
-    close(model.blocks[0].moe.experts.w2.grad[0], g["grad_down0"])
+    close(model.blocks[0].moe.experts.w2.grad[0].T, g["grad_down0"])
 
 
 def test_official_rectified_flow_weights_sample_what_the_official_code_samples(theirs):
