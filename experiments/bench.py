@@ -18,8 +18,9 @@
       round 3   C A B    rounds: of seconds, and of each round's ratio.
 
 Two clocks: "cpu", time of this process alone (on a GPU: its events), and "wall". One CPU thread.
-A floor is what no program could beat: the longer of multiplications / measured rate of a product of
-the dense rival's shape, and bytes that must move / measured rate of a copy.
+A floor is what no program could beat: multiplications / measured rate of one large product, or bytes
+that must move / measured rate of a copy, whichever is longer (of a step: the network's products, then
+the bytes of the optimizer). It stands in the unit of its row's ratio; of a step it is a share.
 
 Letters: T tokens, D width, h hidden width, E experts, k chosen per token.
 Read next: rounds(), then routed()."""
@@ -45,6 +46,7 @@ import torch.nn.functional as F
 import dit
 import ditmoe
 import dtr
+import dydit
 import racedit
 import sample
 import train
@@ -138,6 +140,24 @@ def copy_rate(device, size=1 << 26):
     a, b = torch.ones(size, device=device), torch.ones(size, device=device)
     times = rounds({"copy": lambda: b.copy_(a)}, 5, device)["copy"]
     return 2 * 4 * size / times[:, 0].median().item()
+
+
+def product_rate(T, D, n, device, dtype=torch.float32):
+    """Multiply-accumulates per second of one product (T, D) x (D, 4D), an MLP's first."""
+    x, w = torch.randn(T, D, device=device).to(dtype), torch.randn(4 * D, D, device=device).to(dtype)
+    times = rounds({"product": lambda: F.linear(x, w)}, n, device)["product"]
+    return 4 * T * D * D / times[:, 0].median().item()
+
+
+UPDATE = 11     # numbers read or written per parameter: AdamW 7 (p, g, m, v; p, m, v), EMA 3, norm 1
+
+
+def floor_seconds(module, cfg, batch, passes, n, device, parameters=0, copy=None, bf16=False):
+    """Of a network's products, 1 pass forward and 2 backward; with parameters, of the update too."""
+    rate = product_rate(batch * (cfg.size // cfg.patch) ** 2, cfg.dim, n, device,
+                        torch.bfloat16 if bf16 else torch.float32)
+    update = 4 * UPDATE * parameters / (copy or copy_rate(device)) if parameters else 0
+    return passes * batch * module.cost(cfg)["GMAC"] * 1e9 / rate + update
 
 
 # ------------------------------------------------------------------------------- a routed layer
@@ -292,9 +312,13 @@ def step(shapes, device):
             table = split_step(net, shapes["steps"], device, model)
             share = {k: (v / table["step"]).median().item() for k, v in table.items()}
             overhead = ((table["step"] - table["forward"] - table["backward"]) / table["step"])
-            yield dict(model=model, **net, step_s=table["step"].median().item(),
+            seconds, module = table["step"].median().item(), __import__(model)
+            cfg = replace(config(module, net["name"]), learn_sigma=False)
+            parameters = sum(p.numel() for p in module.Model(cfg).parameters())
+            floor = floor_seconds(module, cfg, net["batch"], 3, shapes["rounds"], device, parameters)
+            yield dict(model=model, **net, step_s=seconds,
                        **{k: share[k] for k in (*PARTS, "rest")},
-                       all_but_model=overhead.median().item())
+                       all_but_model=overhead.median().item(), floor=floor / seconds)
 
 
 # ------------------------------------------------------------------------------- sampling
@@ -358,8 +382,11 @@ def two_networks(rival, ours, net, n, device, bf16=False):
         paths = {name: amp(forward(f, *inputs) if way == "forward" else
                            both_ways(f, network_objective, *inputs), device, bf16)
                  for name, f in paths.items()}
-        yield dict(**net, dtype="bf16" if bf16 else "float32", way=way,
-                   **against("rival", rounds(paths, n, device)))
+        row = against("rival", rounds(paths, n, device))
+        floor = floor_seconds(dit, rival.cfg, net["batch"], 1 if way == "forward" else 3, n, device,
+                              bf16=bf16)
+        yield dict(**net, dtype="bf16" if bf16 else "float32", way=way, **row,
+                   floor=floor / row["rival_s"])
 
 
 def dtr_case(shapes, device):
@@ -374,7 +401,11 @@ def dtr_case(shapes, device):
 def dydit_case(shapes, device):
     for (dim, heads), (target, kind), batch in shapes["dydit"]:
         row = forward_times(dim, heads, target, kind, batch, shapes["rounds"], device=device)
-        yield dict(target=target, **row)
+        cfg = dydit.Config(size=32, patch=2, dim=dim, heads=heads, depth=6, learn_sigma=False,
+                           target=row["ratio"])
+        all_on, cut = (dydit.cost(cfg)[k] for k in ("GMAC", "GMAC at the target"))
+        floor = floor_seconds(dydit, cfg, batch, 1, shapes["rounds"], device) * cut / all_on
+        yield dict(target=target, **row, floor=floor / row["static_s"])
 
 
 class PlainBlock(nn.Module):
@@ -474,13 +505,15 @@ def grow(module, what, cfgs, batches, n, device):
     torch.manual_seed(0)
     made = {v: whole_step(module, cfg, b, device) for (v, cfg), b in zip(cfgs.items(), batches)}
     times = rounds({v: f for v, (f, _) in made.items()}, n, device)
-    first, work = next(iter(cfgs)), {
+    first, copy, work = next(iter(cfgs)), copy_rate(device), {
         v: b * module.cost(cfg)["GMAC"] for (v, cfg), b in zip(cfgs.items(), batches)}
+    start = times[first][:, 0].median().item()
     for v, b in zip(cfgs, batches):
         ratio = (times[v] / times[first]).median(0).values.tolist()
         yield dict(model=module.__name__, what=what, value=v, batch=b, parameters=made[v][1],
                    GMAC=3 * work[v], step_s=times[v][:, 0].median().item(), step=ratio[0],
-                   step_wall=ratio[1], per_mac=ratio[0] * work[first] / work[v])
+                   step_wall=ratio[1], per_mac=ratio[0] * work[first] / work[v],
+                   floor=floor_seconds(module, cfgs[v], b, 3, n, device, made[v][1], copy) / start)
 
 
 # ------------------------------------------------------------------------------- memory

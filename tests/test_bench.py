@@ -43,10 +43,10 @@ def test_every_round_begins_with_another_path():
 
 
 FIELDS = {"routed": ("dense_s", "routed", "routed_wall", "floor", "macs"),
-          "step": (*bench.PARTS, "rest", "step_s", "all_but_model"),
-          "sampler": ("calls_s", "walk"), "dtr": ("rival_s", "ours", "ours_wall"),
-          "dydit": ("static_s", "masked", "sliced", "ratio"),
-          "growth": ("step_s", "step", "per_mac", "parameters")}
+          "step": (*bench.PARTS, "rest", "step_s", "all_but_model", "floor"),
+          "sampler": ("calls_s", "walk"), "dtr": ("rival_s", "ours", "ours_wall", "floor"),
+          "dydit": ("static_s", "masked", "sliced", "ratio", "floor"),
+          "growth": ("step_s", "step", "per_mac", "parameters", "floor")}
 
 
 def test_the_bench_runs_and_writes_its_figures(tmp_path, capsys):
