@@ -9,7 +9,7 @@ Codebases that count the other way (t = 1 is data): SiT, lightning-DiT, torchcfm
 
              x_t                                the network predicts
     flow     (1 - t) x0 + t e                   v = e - x0
-    DDPM     sqrt(abar) x0 + sqrt(1 - abar) e   e, and between which two values the variance lies
+    DDPM     sqrt(abar) x0 + sqrt(1 - abar) e   e, and where between two bounds the variance lies
 
 Letters: B batch, C channels, S side; x (B, C, S, S), t (B,), y (B,); "wide" means (B, 1, 1, 1).
 Read next: RectifiedFlow (one screen), guide(), then DDPM.
@@ -109,8 +109,8 @@ def guide(model, y, none, scale=1.0, channels=None, interval=(0.0, 1.0)):
         label = torch.cat([y, torch.full_like(y, none)])
         given, free = model(torch.cat([x, x]), torch.cat([time, time]), label)[0].chunk(2)
         n = channels or x.shape[1]
-        guided = free[:, :n] + scale * (given[:, :n] - free[:, :n])     # Ho & Salimans, Eq. (6)
-        return torch.cat([guided, given[:, n:]], dim=1)                 # variances stay as they are
+        guided = free[:, :n] + scale * (given[:, :n] - free[:, :n])     # Ho & Salimans, Eq. (6):
+        return torch.cat([guided, given[:, n:]], dim=1)     # scale = 1 + w; variances stay
 
     return f
 
@@ -133,7 +133,10 @@ class DDPM(nn.Module):
             raise ValueError(f"schedule {schedule!r}: linear or cosine")
         if weighting not in ("none", "min-snr", "p2", "ant-uw"):
             raise ValueError(f"weighting {weighting!r}: none, min-snr, p2 or ant-uw")
-        gamma = gamma or {"min-snr": 5.0, "p2": 1.0}.get(weighting, 0.0)
+        if gamma is None:
+            gamma = {"min-snr": 5.0, "p2": 1.0}.get(weighting, 0.0)
+        if weighting == "min-snr" and not gamma > 0:
+            raise ValueError(f"gamma {gamma}: min-snr needs one above 0")
         self.options = dict(schedule=schedule, weighting=weighting, gamma=gamma, clusters=clusters)
         self.abar = abar(schedule, self.T)                              # (T,) float64
         self.register_buffer("table", coefficients(self.abar), persistent=False)
@@ -151,7 +154,8 @@ class DDPM(nn.Module):
     def draw(self, x0, draw):
         first, end = 0, self.T
         if self.options["weighting"] == "ant-uw":      # as many pictures from each cluster of steps
-            i, k = draw.rows % self.options["clusters"], self.options["clusters"]
+            k = self.options["clusters"]               # (B / k need not be whole: the next batch
+            i = (draw.first + draw.rows) % k           # goes on where this one stops)
             first, end = i * self.T // k, (i + 1) * self.T // k
         n = first + (draw.uniform("t") * (end - first)).floor()         # (B,) 0..999
         return n / self.T, draw.normal("noise", *x0.shape[1:])
@@ -189,8 +193,9 @@ class DDPM(nn.Module):
         The squared error says nothing about the variance of a reverse step: the second C channels
         would stay untrained. This term is the KL divergence between the true reverse step (it knows
         x0) and the network's Gaussian. The mean is detached: the noise prediction learns from the
-        squared error only, the variance from this only (IDDPM Sec. 3.1; their 1/1000 is not used by
-        DiT). At n = 0 the next thing is the picture itself, with 256 grey levels: a likelihood."""
+        squared error only, the variance from this only (IDDPM Sec. 3.1; their 1/1000 of the sum
+        over 1000 steps is the mean over steps, hence weight 1, as in DiT). At n = 0 the next thing
+        is the picture itself, with 256 grey levels: a likelihood."""
         a = Coefficients(self.table, n)
         eps, v = prediction.chunk(2, dim=1)
         mean, log_var, _ = self.reverse(torch.cat([eps.detach(), v], dim=1), x, a)
@@ -209,12 +214,13 @@ class DDPM(nn.Module):
             return mse / (1 + snr) ** o["gamma"] + vb                   # 1 / (k + SNR)^gamma, k = 1
         if o["weighting"] == "ant-uw":                          # Kendall: sum of L/2var + log var/2
             k = o["clusters"]
-            s = self.log_var[((self.step(t) + 1) * k - 1) // self.T]    # (B,)  its optimum is log L_i,
-            return ((mse + vb) * torch.exp(-s) + k * s) / 2             # L_i: mean of cluster i / k
+            s = self.log_var[((self.step(t) + 1) * k - 1) // self.T]    # (B,)  best at log L_i:
+            return ((mse + vb) * torch.exp(-s) + k * s) / 2             # its share of the mean
         return mse + vb
 
     def param_groups(self):
-        """Learned weights have their own learning rate: 0.025, no decay (DTR's released one)."""
+        """ANT-UW's weights have an AdamW of their own: rate 0.025, no decay (DTR's released code),
+        torch's betas. The rate rises and falls with the model's; gradients are not clipped."""
         return [dict(params=[p], lr=0.025, weight_decay=0.0) for p in self.parameters()]
 
     # ---- sampling
@@ -271,12 +277,13 @@ def abar(schedule, T):
 
 
 def respace(T, steps, solver="ddpm"):
-    """Which of T steps a sampler keeps, ascending. As the authors': DDIM takes an integer stride
-    from 0 where one gives this many, everything else spreads from 0 to T - 1."""
+    """Which of T steps a sampler keeps, ascending. DDIM takes an integer stride from 0 where one
+    gives this many (the authors refuse other numbers), everything else spreads from 0 to T - 1 (the
+    authors' steps, but for the rounding of halves)."""
     if not 1 <= steps <= T:
         raise ValueError(f"{steps} sampling steps: between 1 and {T}")
     if solver == "ddim":
-        for stride in range(1, T + 1):
+        for stride in range(1, T):                      # T would keep step 0 alone
             if len(range(0, T, stride)) == steps:
                 return list(range(0, T, stride))
     if steps == 1:
@@ -285,9 +292,9 @@ def respace(T, steps, solver="ddpm"):
 
 
 def even_in_log_snr(abar, steps):
-    """The steps for DPM-Solver++, evenly spread in lambda = log(alpha / sigma). Evenly spread in time,
-    the last of 20 would cross a fifth to a third of lambda's range and spoil the others' work.
-    Steps that fall together are kept once, so there may be a few less."""
+    """The steps for DPM-Solver++, evenly spread in lambda = log(alpha / sigma). Evenly spread in
+    time, the last of 20 would cross 18 to 30 % of lambda's range and spoil the others' work.
+    Steps that fall together are kept once: 20 stay 20 of linear, 17 of cosine steps."""
     if not 1 <= steps <= len(abar):
         raise ValueError(f"{steps} sampling steps: between 1 and {len(abar)}")
     lam = 0.5 * torch.log(abar / (1 - abar))                            # (T,) falling
@@ -303,8 +310,8 @@ def coefficients(abar):
     sampler that leaves steps out is the same DDPM with fewer, larger ones (IDDPM Sec. 4)."""
     before = torch.cat([abar.new_ones(1), abar[:-1]])
     beta = 1 - abar / before                                            # (N,)
-    tilde = beta * (1 - before) / (1 - abar)                            # DDPM Eq. (7): at n = 0 it is 0,
-    tilde = torch.cat([tilde[1:2] if len(abar) > 1 else beta, tilde[1:]])     # the next stands in
+    tilde = beta * (1 - before) / (1 - abar)                            # DDPM Eq. (7): 0 at n = 0,
+    tilde = torch.cat([tilde[1:2] if len(abar) > 1 else beta, tilde[1:]])   # the next stands in
     mean_x0 = before.sqrt() * beta / (1 - abar)
     mean_x = (1 - beta).sqrt() * (1 - before) / (1 - abar)
     return torch.stack([abar, abar.sqrt(), (1 - abar).sqrt(), beta.log(), tilde.log(),
@@ -369,6 +376,7 @@ class Draw:
 
     def __init__(self, seed, step, total, rows, device="cpu"):
         self.key, self.total, self.rows, self.device = (seed, step), total, rows.to(device), device
+        self.first = step * total                       # pictures that earlier steps have seen
 
     def to(self, device):
         return Draw(*self.key, self.total, self.rows, device)

@@ -51,7 +51,7 @@ def gaussian_end(path, s, steps, solver):
 # ------------------------------------------------------------------------ perfect models
 
 
-@pytest.mark.parametrize("steps", [2, 10, 50])
+@pytest.mark.parametrize("steps", [1, 2, 10, 50])
 @pytest.mark.parametrize("path, solver, eta", [
     (RectifiedFlow(), "euler", 0), (RectifiedFlow(), "heun", 0), (DDPM(), "ddpm", 0),
     (DDPM("cosine"), "ddpm", 0), (DDPM(), "ddim", 0), (DDPM(), "ddim", 1), (DDPM(), "dpm++", 0),
@@ -212,6 +212,7 @@ def test_training_times_are_where_they_should_be():
 def test_unknown_choices_are_refused():
     for make in (lambda: RectifiedFlow("cosine"), lambda: DDPM("quadratic"),
                  lambda: DDPM(weighting="snr"), lambda: respace(1000, 0),
+                 lambda: DDPM(weighting="min-snr", gamma=0.0),
                  lambda: respace(1000, 1001)):
         with pytest.raises(ValueError):
             make()
@@ -315,7 +316,7 @@ def test_min_snr_is_the_weight_of_an_x0_prediction_capped_at_gamma():
     assert x0_weight == pytest.approx([2.0, 1.090, 0.08436], rel=1e-3)
 
 
-@pytest.mark.parametrize("gamma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
 def test_p2_weighs_each_picture_by_its_own_step(gamma):
     got = weights(DDPM("cosine", "p2", gamma), [0, 100, 250, 500, 750, 999, 500])
     snr = (*SNR["cosine"], SNR["cosine"][3])
@@ -350,6 +351,16 @@ def test_ant_uw_draws_as_many_times_from_every_cluster(clusters, edges):
     every = path.weigh(torch.zeros(1000), 0, torch.arange(1000) / 1000) * 2 / clusters
     assert [every.tolist().index(i) for i in range(clusters)] == edges
     assert (every.diff() >= 0).all()
+
+
+@pytest.mark.parametrize("clusters, batch", [(8, 4), (8, 12), (5, 32), (3, 1)])
+def test_over_batches_that_the_clusters_do_not_divide_all_clusters_are_drawn_alike(clusters, batch):
+    path, rows = DDPM(weighting="ant-uw", clusters=clusters), torch.arange(batch)
+    drawn = torch.zeros(clusters)
+    for step in range(2 * clusters):
+        t, _ = path.draw(torch.zeros(batch, 1, 2, 2), Draw(0, step, batch, rows))
+        drawn += (t * clusters + 1e-4).long().bincount(minlength=clusters)
+    assert (drawn == 2 * batch).all()
 
 
 def test_ant_uw_draws_the_same_times_on_any_number_of_processes():
@@ -478,6 +489,11 @@ def test_the_network_is_told_the_original_step():
         assert times == pytest.approx([n / 1000 for n in kept[-2::-1]] + [0])
     assert respace(1000, 250)[:3] == [0, 4, 8] and respace(1000, 250)[-2:] == [995, 999]
     assert respace(1000, 50, "ddim") == list(range(0, 1000, 20))
+
+
+def test_a_single_step_starts_from_noise():
+    assert [respace(1000, 1, solver) for solver in ("ddpm", "ddim")] == [[999], [999]]
+    assert diffusion.even_in_log_snr(DDPM().abar, 1) == [999]
 
 
 def test_steps_left_out_are_made_up_for_by_larger_betas():
