@@ -79,11 +79,11 @@ SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, hea
 
 def task_table(cfg):
     """Who reads what: the first channel of every window (T,), or masks (1 or N, T, D) bool."""
-    read = int(cfg.beta * cfg.dim)                              # C_beta, channels that a task reads
     if cfg.route not in ("window", "random", "given") or not (
-            1 <= read <= cfg.dim and cfg.alpha > 0 and cfg.tasks > 0):
+            1 <= cfg.beta * cfg.dim <= cfg.dim and cfg.alpha > 0 and cfg.tasks > 0):
         raise ValueError(f"route {cfg.route}: window, random, given; beta {cfg.beta}: 1/dim to 1; "
                          f"alpha {cfg.alpha}, tasks {cfg.tasks}: above 0")
+    read = int(cfg.beta * cfg.dim)                              # C_beta, channels that a task reads
     if cfg.route == "window":
         noise = torch.linspace(0, 1, cfg.tasks, dtype=torch.float64)            # t / (T - 1)
         return ((cfg.dim - read) * noise**cfg.alpha).round().int()              # (T,)  mask rule

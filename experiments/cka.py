@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 from data import load as load_data
 from diffusion import index_noise
 from dtr import Config, task_masks, task_table
-from sample import Parser, Refusal, load, number
+from sample import Parser, Refusal, join, load, number
 
 
 def draw_masks(out):
@@ -59,11 +59,12 @@ def compare(args):
         data, c = data or load_data(saved["data"]["source"], "test"), model.cfg
         if saved["name"] not in ("dit", "dtr"):
             raise Refusal(f"{file} is a {saved['name']}: only dit and dtr are compared")
-        if (c.size, c.channels, c.classes) != (data.size, data.channels, data.classes):
+        if (c.size, c.channels) != (data.size, data.channels) or c.classes not in (0, data.classes):
             raise Refusal(f"{file} was not trained on pictures like {data.source}")
         ids = torch.linspace(0, len(data) - 1, args.n).long()
         x0, y = data.batch(ids)
         noise = index_noise(args.seed, ids.tolist(), x0.shape[1:])
+        y = y.clamp(max=c.classes)                      # classes 0: all are "no class"
         maps = cka(model, path, *(v.to(args.device) for v in (x0, y, noise)))       # (N, n, n)
         name = f"dtr {c.route}" if saved["name"] == "dtr" else "dit"            # R-TR or DTR
         rows.append([(f"{name}, block {i}", m) for i, m in enumerate(maps)])
@@ -95,8 +96,9 @@ def main(argv):
     p.add_argument("--out", type=Path, help="PNG (default: masks.png; cka.png beside the first)")
     p.add_argument("--n", type=number(int, 1), default=32, help="pictures")
     p.add_argument("--seed", type=number(int, 0), default=0)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     args = p.parse_args(argv)
+    args.device = join(args.device)[2]
     if not args.checkpoints:
         return draw_masks(args.out or Path("masks.png"))
     out = args.out or args.checkpoints[0].parent / "cka.png"

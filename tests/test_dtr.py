@@ -4,6 +4,8 @@ Numbers in tables were computed with the authors' code, not with ours."""
 
 import hashlib
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 import diffusion
 import dit
 import dtr
-from conftest import wake
+from conftest import ROOT, wake
 from experiments import cka
 from test_official import close, golden, guided
 
@@ -104,6 +106,22 @@ def test_the_whole_table_of_dit_s_has_the_official_checksum():
         [284, 374, 998, 1000, 1000, 716, 626, 2]
 
 
+@pytest.mark.parametrize("dim, tasks, extra, rows, earlier", [
+    (8, 10, 2, 2, 2), (384, 1000, 77, 77, 55)])
+def test_the_papers_own_rule_makes_some_windows_a_channel_wider(dim, tasks, extra, rows, earlier):
+    """round(L ((t-1)/T)^alpha) < c <= round(L (t/T)^alpha) + C_beta, both counted from 1."""
+    ours, C = masks_of(dim=dim, tasks=tasks), int(0.8 * dim)
+    t, c = np.arange(1, tasks + 1)[:, None], np.arange(1, dim + 1)
+    low, high = ((dim - C) * ((t - 1) / tasks) ** 4).round(), ((dim - C) * (t / tasks) ** 4).round()
+    theirs = torch.from_numpy((low < c) & (c <= high + C))
+    if dim == 8:
+        assert low.flatten().tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 1, 1]
+        assert (high.flatten() + C).tolist() == [6, 6, 6, 6, 6, 6, 6, 7, 7, 8]
+    assert (theirs | ours).sum() == theirs.sum() == ours.sum() + extra
+    assert (theirs.sum(1) == C + 1).sum() == rows
+    assert (theirs.int().argmax(1) < ours.int().argmax(1)).sum() == earlier
+
+
 def test_low_channels_belong_to_data_and_high_channels_to_noise():
     m = masks_of()
     assert m[0, :307].all() and not m[0, 307:].any()
@@ -122,7 +140,8 @@ def test_noisy_tasks_share_fewer_channels_when_alpha_is_above_one(alpha, clean, 
 
 
 def test_impossible_masks_are_refused():
-    for bad in (dict(beta=0), dict(beta=1.1), dict(beta=0.001), dict(alpha=0), dict(alpha=-1),
+    for bad in (dict(beta=0), dict(beta=1.01), dict(beta=0.001), dict(alpha=0), dict(alpha=-1),
+                dict(beta=float("inf")), dict(beta=float("nan")), dict(alpha=float("nan")),
                 dict(tasks=0), dict(route="clustered")):
         with pytest.raises(ValueError, match="route|beta|alpha|tasks"):
             dtr.DTR(dtr.Config(**SMALL | bad))
@@ -149,6 +168,18 @@ def test_random_masks_depend_on_the_seed_alone():
     torch.manual_seed(2)
     assert torch.equal(first, masks_of(route="random", route_seed=5))
     assert not torch.equal(first, masks_of(route="random", route_seed=6))
+
+
+def test_random_masks_are_those_of_every_other_process_and_of_older_checkpoints():
+    """They are drawn again when a checkpoint is read: another draw would be another model."""
+    code = ("import torch, dtr, hashlib; torch.manual_seed(7); torch.set_num_threads(2); "
+            "cfg = dtr.Config(dim=64, depth=2, route='random', per_block=True, route_seed=3); "
+            "print(hashlib.sha1(dtr.task_table(cfg).numpy().tobytes()).hexdigest())")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    cfg = dtr.Config(dim=64, depth=2, route="random", per_block=True, route_seed=3)
+    ours = hashlib.sha1(dtr.task_table(cfg).numpy().tobytes()).hexdigest()
+    assert done.stdout.strip() == ours == \
+        "4206e1475cdea7afacea8778d5436dcc47531a94"
 
 
 def test_random_masks_can_differ_from_block_to_block():
@@ -178,12 +209,13 @@ def test_dtr_with_every_channel_on_is_dit_bit_for_bit():
 
 @pytest.mark.parametrize("route", ["window", "random"])
 def test_a_block_adds_what_dits_block_would_add_to_the_masked_tokens(route):
-    model, plain = pair(route=route)
-    x, c, mask = block_inputs(model.cfg)
+    model, plain = (m.double() for m in pair(route=route))
+    x, c, mask = (v.double() for v in block_inputs(model.cfg))
     for ours, theirs in zip(model.blocks, plain.blocks):
         u = x * mask
         expected = x + theirs(u, c) - u                         # z + Block(m z)
-        assert (ours(x, c, mask) - expected).abs().max() < 2e-6
+        assert (ours(x, c, mask) - expected).abs().max() < 1e-12
+        assert (ours.float()(x.float(), c.float(), mask.float()) - expected).abs().max() < 2e-6
         assert (theirs(x, c) - expected).abs().max() > 0.1
 
 
@@ -220,6 +252,29 @@ def test_blocks_are_the_identity_before_training():
     torch.manual_seed(3)                            # so paired runs start from the same weights
     plain = dit.DiT(dit.Config(**SMALL))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), plain.parameters()))
+
+
+def test_a_window_s_queries_keys_and_values_can_be_had_from_its_channels_alone():
+    """What dtr.py leaves out, and says is exact: LayerNorm turns every unread 0 of a token into the
+    same number, so all unread columns of the weight together are two vectors."""
+    model, _ = pair()
+    block, D, n, s, eps = model.blocks[0], 32, 25, 5, 1e-6
+    x, (shift, scale) = torch.randn(16, D) + 1, torch.randn(2, D) / 2
+    read = torch.zeros(D, dtype=torch.bool).index_fill(0, torch.arange(s, s + n), True)
+    dense = block.attn.qkv(dtr.modulate(block.norm1(x * read), shift, scale))           # (L, 3D)
+
+    W, b = block.attn.qkv.weight, block.attn.qkv.bias
+    mean = x[:, read].sum(1, keepdim=True) / D
+    var = ((x[:, read] - mean).square().sum(1, keepdim=True) + (D - n) * mean**2) / D
+    std = (var + eps).sqrt()
+    h = (x[:, read] - mean) / std * (1 + scale[read]) + shift[read]                     # (L, n)
+    rest = -mean / std * (W[:, ~read] @ (1 + scale[~read])) + W[:, ~read] @ shift[~read] + b
+    assert (h @ W[:, read].T + rest - dense).abs().max() < 1e-5
+    assert (h @ W[:, read].T + b - dense).abs().max() > 0.1     # to drop the columns is wrong
+    for name, saved in (("S/2", 0.044), ("B/2", 0.047), ("L/2", 0.047), ("XL/2", 0.048)):
+        cfg = dtr.size(name)
+        share = 0.2 * cfg.depth * 256 * 3 * cfg.dim**2 / 1e9 / dtr.cost(cfg)["GMAC"]
+        assert share == pytest.approx(saved, abs=1e-3)
 
 
 # ------------------------------------------------------------------------ time
@@ -407,6 +462,17 @@ def test_other_layouts_of_official_files_are_read():
         dtr.from_official(state)
 
 
+def test_an_unconditional_official_file_has_one_row_of_labels_and_none_to_guide():
+    meta, state, g = golden("dtr")
+    key = "y_embedder.embedding_table.weight"                   # as with num_classes=1, no dropout
+    model = dtr.from_official(dict(state) | {key: state[key][-1:]}, meta["heads"])
+    assert model.cfg.classes == 0
+    full = dtr.from_official(state, meta["heads"])
+    none, x = torch.full_like(g["y"], full.cfg.classes), g["x"]
+    with torch.no_grad():
+        close(model(x, g["t"] / 1000, 0 * g["y"])[0], full(x, g["t"] / 1000, none)[0])
+
+
 # ------------------------------------------------------------------------ the paper's pictures
 
 
@@ -443,16 +509,18 @@ def test_cka_is_one_for_times_that_a_block_cannot_tell_apart():
 def test_without_a_checkpoint_it_draws_the_masks(tmp_path):
     cka.main(["--out", str(tmp_path / "masks.png")])
     page = np.array(Image.open(tmp_path / "masks.png"))
-    last = page[24:264, -252:-12]                               # alpha 4: 240 x 240, dark is read
-    read = last < 128
-    assert read[0, :190].all() and not read[0, 194:].any()
-    assert read[-1, 50:239].all() and not read[-1, :46].any()
-    assert abs(read.mean() - 307 / 384) < 0.01
-    assert abs((page[24:264, 12:252] < 128).mean() - 307 / 384) < 0.01      # random
+    panels = [page[24:264, left : left + 240] < 128 for left in range(12, 1272, 252)]   # dark: read
+    assert all(abs(read.mean() - 307 / 384) < 0.01 for read in panels)          # the first: random
+    column = np.arange(240) * 384 / 240
+    for read, alpha in zip(panels[1:], (0.5, 1, 2, 4)):
+        for row in (0, 120, 239):
+            start = 77 * ((row + 0.5) / 240) ** alpha
+            assert read[row, (column > start + 3) & (column < start + 304)].all()
+            assert not read[row, (column < start - 3) | (column > start + 310)].any()
 
 
 def test_checkpoints_are_compared_on_the_same_pictures(tmp_path, capsys):
-    from train import FORMAT, Refusal, write_checkpoint
+    from train import FORMAT, write_checkpoint
     files = []
     for module in (dtr, dit):
         cfg = replace(module.TINY, dim=32, depth=2, learn_sigma=False)
@@ -467,5 +535,9 @@ def test_checkpoints_are_compared_on_the_same_pictures(tmp_path, capsys):
     assert np.array(report[str(files[0])]["cka"]).shape == (2, 10, 10)
     assert Image.open(tmp_path / "cka.png").size == (2 * 132 + 12, 2 * 148 + 8)
     assert "block  1" in capsys.readouterr().out
-    with pytest.raises(Refusal, match="no such file"):
-        cka.main([str(tmp_path / "missing.pt")])
+    for argv, word in (([tmp_path / "missing.pt"], "no such file"),
+                       ([*files, "--device", "x"], "--device x"),
+                       (["--out", tmp_path / "no/masks.png"], "masks.png")):
+        assert cka.cli([str(a) for a in argv]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and word in error
