@@ -112,6 +112,8 @@ def walk(model, path, labels, first=0, seed=0, steps=None, solver=None, cfg=2.0,
     if solver not in path.solvers:
         raise Refusal(f"--solver {solver} is not for this checkpoint: it was trained with "
                       f"{path.kind}, which has {', '.join(path.solvers)}")
+    if eta and solver != "ddim":
+        raise Refusal(f"--eta is for --solver ddim, not {solver}")
     c, indices = model.cfg, range(first, first + len(labels))
     device = next(model.parameters()).device if hasattr(model, "parameters") else labels.device
     f = guide(model, labels.to(device), c.classes, cfg if c.classes else 1.0, channels, interval)
@@ -133,7 +135,7 @@ class Watch:
         prediction, aux = self.model(x, t, y)
         if "map" not in aux:
             raise Refusal("this model has no map of compute per token (racedit and dydit have)")
-        labelled = (y != self.cfg.classes).nonzero().flatten()
+        labelled = (y < max(self.cfg.classes, 1)).nonzero().flatten()
         self.seen.append((t[0].item(), aux["map"][:, labelled].float().cpu()))
         return prediction, aux
 
@@ -275,6 +277,8 @@ def parse_args(argv):
         raise Refusal("--weights raw: of an official file the averaged weights are read")
     if not args.official and (args.path or args.set):
         raise Refusal("--path and --set are for --official; our checkpoints know their own")
+    if args.cfg_interval[0] > args.cfg_interval[1]:
+        raise Refusal("--cfg-interval: LO is above HI")
     outputs = [args.out or args.checkpoint.parent / "grid.png", *([args.npz] if args.npz else [])]
     outputs += [outputs[0].with_name(f"{k}.png") for k in ("film", "maps") if vars(args)[k]]
     for i, file in enumerate(outputs):
@@ -322,8 +326,13 @@ def choices(args, model, path):
     wanted = args.classes or range(classes)
     if max(wanted) >= classes:
         raise Refusal(f"--classes {max(wanted)}: this checkpoint has classes 0 to {classes - 1}")
+    c, n = model.cfg, args.cfg_channels
+    if n and n > c.channels:
+        raise Refusal(f"--cfg-channels {n}: this checkpoint's pictures have {c.channels}")
+    if not c.classes and args.cfg not in (None, 1.0):
+        raise Refusal(f"--cfg {args.cfg:g}: this checkpoint knows no classes to guide towards")
     if args.maps:                               # refused now, not when all else has been written
-        c, where = model.cfg, next(model.parameters()).device
+        where = next(model.parameters()).device
         with torch.no_grad():
             Watch(model)(torch.zeros(1, c.channels, c.size, c.size, device=where),
                          torch.zeros(1, device=where), torch.zeros(1, device=where).long())

@@ -173,7 +173,8 @@ def get_batches(args, data, cfg, rank, world, step):
         draw = Draw(args.seed, step, args.batch, rows)
         x0, y = data.batch(ids[rows], draw)
         forget = draw.uniform("forget") < args.drop
-        batches.append((x0, torch.where(forget, cfg.classes, y), draw))  # guidance needs "no class"
+        y = y.clamp(max=cfg.classes)                    # classes 0: all are "no class"
+        batches.append((x0, torch.where(forget, cfg.classes, y), draw))     # guidance needs some
     return batches
 
 
@@ -216,7 +217,15 @@ def make_path(args, before):
             why = {"weighting": ": it weighs the error of a network that predicts noise; a flow "
                                 "weighs times by how often --times draws them"}.get(k, "")
             raise Refusal(f"--{k} is for --path {other}, not {kind}{why}")
-    return PATHS[kind](**(was["options"] | given))
+    old = was["options"]
+    if given.get("weighting", old.get("weighting")) != old.get("weighting"):
+        old = {k: v for k, v in old.items() if k != "gamma"}        # each weighting has its own
+    path = PATHS[kind](**(old | given))
+    for k, whose in (("gamma", ("min-snr", "p2")), ("clusters", ("ant-uw",))):
+        if k in given and path.options["weighting"] not in whose:
+            raise Refusal(f"--{k} is for --weighting {' or '.join(whose)}, not "
+                          f"{path.options['weighting']}")
+    return path
 
 
 def open_data(args, before):
@@ -240,11 +249,11 @@ def make_config(args, module, path, data, before):
     if before:
         keep = known if before["name"] == args.model else SHARED
         cfg = replace(cfg, **{k: v for k, v in before["config"].items() if k in keep})
-        for name in ("size", "channels", "classes"):
-            if data and getattr(cfg, name) != getattr(data, name):
-                raise Refusal(f"{name} of {data.source} is {getattr(data, name)}, but the "
-                              f"checkpoint was trained with {getattr(cfg, name)}")
     cfg = replace(cfg, **{k: v for k, v in (parse_setting(s, known) for s in args.set)})
+    for name in ("size", "channels", "classes"):
+        ours, theirs = getattr(cfg, name), getattr(data, name, None)
+        if data and ours != theirs and not (name == "classes" and ours == 0):   # 0: without labels
+            raise Refusal(f"{name} of {data.source} is {theirs}, but the model's is {ours}")
     for whole, part in (("dim", "heads"), ("size", "patch")):
         a, b = getattr(cfg, whole), getattr(cfg, part)
         if b < 1 or a % b:
@@ -1049,7 +1058,7 @@ def parse_args(argv):
                    help="pictures per step, over all processes")
     p.add_argument("--lr", type=real)
     p.add_argument("--warmup", type=number(int, 0, 10**9), help="steps until the full learning rate")
-    p.add_argument("--beta2", type=number(float, 0, 0.9999999), help="of AdamW")
+    p.add_argument("--beta2", type=number(float, 0, 0.9999999), help="of the model's AdamW")
     p.add_argument("--cooldown", type=number(float, 0, 1), help="lr falls to 0 in this last share")
     p.add_argument("--ema", type=number(float, 0, 1), help="decay of the averaged weights")
     p.add_argument("--clip", type=real, help="largest gradient norm, 0: none")

@@ -225,6 +225,8 @@ def from_checkpoint(args):
         model, path, checkpoint = sample.load(args.file, weights=args.weights, device=args.device)
         if args.solver and args.solver not in path.solvers:
             raise Refusal(f"--solver {args.solver}: this checkpoint has {', '.join(path.solvers)}")
+        if not model.cfg.classes:
+            raise Refusal(f"{args.file} knows no classes: the judge cannot ask for them")
     except Refusal as error:
         raise DataError(str(error)) from None
     trained_on = checkpoint["data"]

@@ -45,7 +45,7 @@ def watch(model, path, held_out, n=200, times=10):
     for i in range(times):
         t = path.grid((i + (torch.arange(n) + 0.5) / n) / times)                # fills its tenth
         scores.clear()
-        _, aux = model(path.mix(x0, noise, t), t, y)
+        _, aux = model(path.mix(x0, noise, t), t, y.clamp(max=model.cfg.classes))
         per_token.append(aux["map"].mean().item())
         shared = shared + torch.stack([pairs_won(b.moe, S) for b, S in zip(model.blocks, scores)])
     for h in hooks:

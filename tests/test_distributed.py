@@ -34,6 +34,9 @@ COMMON = ("--tiny --steps 5 --batch 8 --lr 1e-3 --warmup 0 --cooldown 0 --log-ev
           "--sample-every 0 --device cpu --amp off").split()
 
 
+ANT = ["--path", "ddpm", "--weighting", "ant-uw", "--clusters", "3", "--accum", "2"]    # 8 / 3
+
+
 def command(out, model, *options):
     return ["--model", model, *COMMON, "--out", str(out), *map(str, options),
             "--set", "dim=32", "depth=2", "heads=2", *MODELS[model]]
@@ -46,6 +49,7 @@ def jobs(top):
     both |= {f"accum-{engine}": command(top / f"accum-{engine}", "dit", "--accum", 2, *flag)
              for engine, flag in (("ddp", []), ("fsdp", ["--fsdp", "--checkpointing"]))}
     both |= {"two-then-one": command(top / "two-then-one", "racedit", "--fsdp", "--steps", 3),
+             "ant-uw": command(top / "ant-uw", "dtr", *ANT, "--steps", 3),
              "one-then-two": command(top / "one-then-two", "dydit", "--fsdp", "--resume"),
              "sharded": command(top / "sharded", "ditmoe", "--fsdp", "--sharded-save", "--steps", 3,
                                 "--save-every", 2),
@@ -167,6 +171,15 @@ def test_a_run_goes_on_with_another_number_of_processes(top, tmp_path):
     for name, model in (("two-then-one", "racedit"), ("one-then-two", "dydit")):
         one(tmp_path / name, model)
         agree(lines(top / name), lines(tmp_path / name))
+
+
+def test_ant_uw_learns_the_same_weights_on_two_processes_and_after_a_restart(top, tmp_path):
+    one(top / "ant-uw", "dtr", *ANT, "--resume")
+    one(tmp_path, "dtr", *ANT[:-2])                     # in one piece, on one process, at once
+    agree(lines(top / "ant-uw"), lines(tmp_path))
+    two, alone = (torch.load(folder / "last.pt", weights_only=True)["path"]["weights"]["log_var"]
+                  for folder in (top / "ant-uw", tmp_path))
+    assert torch.allclose(two, alone, atol=1e-5) and alone.abs().min() > 0.05
 
 
 def test_shards_of_two_processes_become_one_file_and_go_on(top, tmp_path, monkeypatch):

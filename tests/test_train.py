@@ -137,6 +137,32 @@ def test_checkpointing_changes_nothing_but_memory(runs, tmp_path):
     assert losses(tmp_path) == losses(runs[0])
 
 
+@pytest.mark.parametrize("model", train_module.MODELS)
+def test_without_classes_every_model_trains_goes_on_and_draws_unguided(tmp_path, model):
+    """classes = 0: one row in the label table, whatever labels the pictures have."""
+    train(tmp_path, "--set", "classes=0", model=model, steps=1)
+    train(tmp_path, "--resume", model=model, steps=2)
+    net, path, _ = sample.load(tmp_path / "last.pt")
+    assert net.y_embedder.embedding_table.weight.shape == (1, 32)
+    asked, labels = [], torch.zeros(3, dtype=torch.long)
+    net.register_forward_pre_hook(lambda _, inputs: asked.append(len(inputs[0])))
+    sample.generate(net, path, labels, steps=2, cfg=7.0)
+    assert asked == [3, 3]                              # guidance would ask for twice as many
+    maps = ["--maps"] if model in ("racedit", "dydit") else []
+    run("sample.py", tmp_path / "last.pt", "--n", 2, "--steps", 2, *maps)
+    _, error = run("sample.py", tmp_path / "last.pt", "--cfg", 3, code=2)
+    assert "knows no classes" in error
+
+
+def test_a_run_that_starts_from_another_weighting_does_not_inherit_its_gamma(tmp_path):
+    ddpm = ["--path", "ddpm", "--weighting"]
+    train(tmp_path / "a", *ddpm, "min-snr", "--gamma", 3, model="dtr", steps=1)
+    train(tmp_path / "b", *ddpm, "p2", "--init", tmp_path / "a/last.pt", model="dtr", steps=1)
+    train(tmp_path / "c", "--init", tmp_path / "a/last.pt", model="dtr", steps=1)
+    gammas = [sample.load(tmp_path / f"{run}/last.pt")[1].options["gamma"] for run in "abc"]
+    assert gammas == [3.0, 1.0, 3.0]
+
+
 def test_an_earlier_run_is_kept(tmp_path):
     train(tmp_path, model="dit", steps=1)
     first = (tmp_path / "last.pt").read_bytes()
@@ -165,7 +191,14 @@ BAD = [
     (["--init", "README.md"], "README.md"), (["--init", "nowhere.pt"], "no such file"),
     (["--batch", "7", "--accum", "2"], "accum"), (["--size", "S/2"], "--tiny or --size"),
     (["--device", "tpu"], "tpu"), (["--fsdp"], "torchrun"), (["--unknown"], "unknown"),
-    (["--set", "route=fastest"], "route"), (["--path", "ddpm", "--times", "uniform"], "times")]
+    (["--set", "route=fastest"], "route"), (["--path", "ddpm", "--times", "uniform"], "times"),
+    (["--path", "ddpm", "--gamma", "2"], "min-snr or p2"),
+    (["--path", "ddpm", "--weighting", "ant-uw", "--gamma", "2"], "min-snr or p2"),
+    (["--path", "ddpm", "--weighting", "p2", "--clusters", "4"], "ant-uw"),
+    (["--path", "ddpm", "--weighting", "min-snr", "--gamma", "0"], "above 0"),
+    (["--path", "rf", "--weighting", "ant-uw"], "predicts noise"), (["--gamma", "2"], "ddpm"),
+    (["--set", "classes=3"], "classes"), (["--set", "size=56"], "size"),
+    (["--set", "channels=2"], "channels")]
 
 
 @pytest.mark.parametrize("options, word", BAD)
@@ -181,7 +214,9 @@ def test_a_sampler_refuses_what_it_cannot_draw(runs, tmp_path):
     for options, word in (([last, "--solver", "ddim"], "rf"), ([tmp_path / "cut.pt"], "cut.pt"),
                           ([last, "--classes", "10"], "classes 0 to 9"), (["nowhere.pt"], "no such file"),
                           ([last, "--out", "/proc/x/grid.png", "--steps", "1"], "/proc/x"),
-                          ([last, "--n", "0"], "--n")):
+                          ([last, "--n", "0"], "--n"), ([last, "--eta", "0.5"], "ddim"),
+                          ([last, "--cfg-channels", "2"], "have 1"),
+                          ([last, "--cfg-interval", "0.8", "0.3"], "LO is above HI")):
         _, error = run("sample.py", *options, code=2)
         assert error.count("\n") == 1 and word in error, error
 
