@@ -523,7 +523,8 @@ def test_checkpoints_are_compared_on_the_same_pictures(tmp_path, capsys):
     from train import FORMAT, write_checkpoint
     files = []
     for module in (dtr, dit):
-        cfg = replace(module.TINY, dim=32, depth=2, learn_sigma=False)
+        classes = 10 if module is dtr else 0                    # 0: trained without labels
+        cfg = replace(module.TINY, dim=32, depth=2, learn_sigma=False, classes=classes)
         state = wake(module.Model(cfg)).state_dict()
         files.append(tmp_path / f"{module.__name__}.pt")
         write_checkpoint(files[-1], dict(

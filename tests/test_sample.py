@@ -71,6 +71,27 @@ def test_a_released_checkpoint_is_sampled_as_its_paper_does(
     assert np.array_equal(pictures(tmp_path / "s.npz")[0], sample.to_uint8(x))
 
 
+def test_what_the_command_line_asks_for_reaches_the_sampler(tmp_path, capsys):
+    torch.save(golden("dit")[1], tmp_path / "dit.pt")
+    run(capsys, "--official", "dit", tmp_path / "dit.pt", "--set", "heads=4", "--n", 2, "--npz",
+        tmp_path / "s.npz", "--solver", "ddim", "--eta", 0.5, "--steps", 4, "--cfg", 3, "--seed", 7,
+        "--cfg-interval", 0.2, 0.6, "--cfg-channels", 2, "--classes", 5)
+    model = importlib.import_module("dit").from_official(golden("dit")[1], heads=4).eval()
+    c, path, y = model.cfg, diffusion.DDPM(), torch.tensor([5, 5])
+
+    def end(scale=3.0, channels=2, interval=(0.2, 0.6), steps=4, solver="ddim", eta=0.5, seed=7):
+        noise = lambda i: diffusion.index_noise(seed, range(2), (c.channels, c.size, c.size), i)
+        f = diffusion.guide(model, y, c.classes, scale, channels, interval)
+        with torch.no_grad():
+            *_, (_, x, _) = path.trajectory(f, noise(-1), steps, solver, eta, noise)
+        return sample.to_uint8(x)
+    drawn, labels = pictures(tmp_path / "s.npz")
+    assert np.array_equal(drawn, end()) and labels.tolist() == [5, 5]
+    for other in (dict(scale=1.5), dict(channels=3), dict(interval=(0.0, 1.0)), dict(eta=0.0),
+                  dict(solver="ddpm"), dict(steps=5), dict(seed=0)):
+        assert not np.array_equal(drawn, end(**other)), other
+
+
 def test_a_vae_decodes_what_released_weights_make(tmp_path, capsys, monkeypatch):
     class Vae:
         config = argparse.Namespace(scaling_factor=0.5)
