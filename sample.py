@@ -80,7 +80,7 @@ def load_official(name, file, kind, settings):
         why = (str(e) if isinstance(e, Damaged) else
                f"it holds {found[1]}, which could run code" if found else type(e).__name__)
         raise Refusal(f"{file} is not loaded: {why}; what is safe: tensors, plain types and "
-                      "argparse.Namespace") from None
+                      "argparse.Namespace (if you trust the file, save its ema alone)") from None
     try:
         model = module.from_official(state, **given)
     except (RuntimeError, KeyError, AttributeError, TypeError, IndexError) as e:
