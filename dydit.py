@@ -120,7 +120,8 @@ def lambda_step(step, cfg):
 def loss(path, model, x0, y, step, draw):
     """Called by train.py -> the dynamic model's diffusion loss; aux with the two others."""
     cfg = getattr(model, "module", model).cfg
-    t = path.grid((draw.rows % 4 + draw.uniform("t")) / 4)  # every batch has all quarters of time,
+    quarter = (draw.first + draw.rows) % 4             # every batch has all quarters of time,
+    t = path.grid((quarter + draw.uniform("t")) / 4)
     often = path.density(t)                             # weighted as often as the parent saw them
     noise = draw.normal("noise", *x0.shape[1:])
     coin = draw.uniform("gate", cfg.depth, 2 * cfg.heads + (cfg.size // cfg.patch) ** 2)

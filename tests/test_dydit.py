@@ -551,7 +551,7 @@ def test_sdt_alone_cannot_reach_a_small_lambda_because_attention_stays():
 class MetaDraw:
     """A draw of shapes without numbers: the first attempt to look at one fails."""
 
-    rows = torch.arange(8, device="meta")
+    first, rows = 0, torch.arange(8, device="meta")
 
     def uniform(self, name, *shape):
         return torch.rand(8, *shape, device="meta")
