@@ -8,7 +8,6 @@ Everything in one process, on one thread. The paths take turns, and a round is c
 so a machine that is busy slows them all; the figures are medians over rounds. Results are added to
 OUT/dydit_speed.json. Read next: forward_times(), sampling_times()."""
 
-import argparse
 import json
 import sys
 import time
@@ -101,10 +100,19 @@ def forward_times(dim, heads, target, kind, batch, n, depth=6, device="cpu"):
 # ------------------------------------------------------------------------------- sampling
 
 
-def sampling_times(dense, ours, n, steps=25, guidance=2.0, batch=64):
+def open_model(file, name, device):
+    if file is None:
+        raise train.Refusal("--dense CKPT is missing")
+    model, path, saved = sample.load(file, device=device)
+    if saved["name"] != name:
+        raise train.Refusal(f"{file} holds {saved['name']}, not {name}")
+    return model, path
+
+
+def sampling_times(dense, ours, n, steps=25, guidance=2.0, batch=64, device="cpu"):
     """A whole sampling run of two trained models, cutting weights included."""
-    static, path, _ = sample.load(dense)
-    model, _, _ = sample.load(ours)
+    static, path = open_model(dense, "dit", device)
+    model, _ = open_model(ours, "dydit", device)
     spent = []
 
     def watched(x, t, y):
@@ -116,7 +124,7 @@ def sampling_times(dense, ours, n, steps=25, guidance=2.0, batch=64):
         return model(x, t, y, fast=False)
 
     watched.cfg = masked.cfg = model.cfg
-    labels = torch.arange(batch) % max(model.cfg.classes, 1)
+    labels = torch.arange(batch, device=device) % max(model.cfg.classes, 1)
     run = partial(sample.generate, path=path, labels=labels, steps=steps, cfg=guidance, batch=batch)
     times = rounds({"static": lambda: run(static), "masked": lambda: run(masked),
                     "sliced": lambda: run(model.float())}, n)       # .float(): forget what was cut
@@ -132,17 +140,18 @@ def sampling_times(dense, ours, n, steps=25, guidance=2.0, batch=64):
 @torch.no_grad()
 def eval_ratio(model, path, x0, y):
     """FLOPs ratio without noise in the switches, over all times alike."""
-    draw = Draw(0, 0, len(x0), torch.arange(len(x0)))
-    t = path.grid((torch.arange(len(x0)) + 0.5) / len(x0))
+    device = model.pos_embed.device
+    x0, y, rows = x0.to(device), y.to(device), torch.arange(len(x0), device=device)
+    draw, t = Draw(0, 0, len(x0), rows, device), path.grid((rows + 0.5) / len(x0))
     _, aux = path.error(model, x0, y, t, path.draw(x0, draw)[1])
     return aux["flops"].mean().item()
 
 
-def curve(dense, target, steps, out, every=10):
+def curve(dense, target, steps, out, device="cpu", every=10):
     """Fine-tune by train.py -> [(step, lambda_step, ratio in training, ratio of the EMA), ...]"""
     args = train.parse_args(
         f"--model dydit --tiny --steps {steps} --sample-every 0 --set target={target}".split()
-        + ["--init", str(dense), "--out", str(out / "curve")])
+        + ["--init", str(dense), "--out", str(out / "curve"), "--device", str(device)])
     loss, update, spent, points = dydit.loss, train.update_ema, [], []
     held = data.load(train.read_checkpoint(dense)["data"]["source"], "test")
     x0, y = held.batch(torch.arange(256), Draw(0, 0, 256, torch.arange(256)))
@@ -155,15 +164,16 @@ def curve(dense, target, steps, out, every=10):
     def watched_update(ema, model, decay):
         update(ema, model, decay)
         watched_update.step += 1
-        if watched_update.step % every == 0:
+        if watched_update.step % every == 0 or watched_update.step == steps:
             points.append((watched_update.step, dydit.lambda_step(watched_update.step, model.cfg),
                            spent[1], eval_ratio(ema, spent[0], x0, y)))
 
     watched_update.step = 0
     dydit.loss, train.update_ema = watched_loss, watched_update
-    train.prepare_out(args)
-    train.main(args)
-    dydit.loss, train.update_ema = loss, update
+    try:
+        train.main(args)
+    finally:
+        dydit.loss, train.update_ema = loss, update
     return points
 
 
@@ -189,33 +199,37 @@ def show(rows):
 
 
 def main(argv=None):
-    p = argparse.ArgumentParser(prog="bench_dydit", description=__doc__.split("\n\n")[0])
+    p = train.Parser(prog="bench_dydit", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    count = train.number(int, 1)
     p.add_argument("--dense", type=Path, help="checkpoint of a dense DiT")
     p.add_argument("--ours", type=Path, nargs="+", help="checkpoints of DyDiT fine-tuned from it")
-    p.add_argument("--curve", type=int, metavar="STEPS", help="fine-tune --dense, watch the ratio")
+    p.add_argument("--curve", type=count, metavar="STEPS", help="fine-tune --dense, watch the ratio")
     p.add_argument("--target", type=float, default=0.5, help="lambda of --curve")
-    p.add_argument("--rounds", type=int, help="default: 15 forwards, or 3 sampling runs")
-    p.add_argument("--batch", type=int, default=4, help="of the forwards")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--rounds", type=count, help="default: 15 forwards, or 3 sampling runs")
+    p.add_argument("--batch", type=count, default=4, help="of the forwards")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     p.add_argument("--out", type=Path, default=Path("runs"))
     args = p.parse_args(argv)
+    device = train.join(args.device)[2]
     torch.set_num_threads(1)
     train.keep_memory()                                     # as train.py and sample.py do
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "dydit_speed.json"
     results = json.loads(file.read_text()) if file.exists() else {}
     if args.curve:
-        points = curve(args.dense, args.target, args.curve, args.out)
+        open_model(args.dense, "dit", device)                   # or a Refusal
+        points = curve(args.dense, args.target, args.curve, args.out, device)
         results[f"curve {args.target}"] = points
         draw_curve(args.out / f"dydit_curve_{args.target}.png", points)
         print(f"step {points[-1][0]}: lambda {args.target}, ratio in training {points[-1][2]:.3f}, "
               f"of the EMA without noise {points[-1][3]:.3f}")
     elif args.ours:
-        results["sampling"] = [sampling_times(args.dense, f, args.rounds or 3) for f in args.ours]
+        results["sampling"] = [
+            sampling_times(args.dense, f, args.rounds or 3, device=device) for f in args.ours]
         show(results["sampling"])
     else:
         results["forward"] = [
-            forward_times(*width, *mix, args.batch, args.rounds or 15, device=args.device)
+            forward_times(*width, *mix, args.batch, args.rounds or 15, device=device)
             for width in WIDTHS for mix in MIXES]
         show(results["forward"])
     file.write_text(json.dumps(results, indent=1))

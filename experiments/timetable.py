@@ -6,7 +6,6 @@ timetable.png: heads (left) and groups of MLP channels (right). Left edge data, 
 noise, t = 1. A row is a head or a group, white where it is on; grey lines part the blocks.
 tokens.png: x_t from noise to data and, below, the compute of its tokens (sample.maps)."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from sample import load, maps, write_grid
-from train import Refusal
+from train import Parser, Refusal, join
 
 
 @torch.no_grad()
@@ -28,12 +27,12 @@ def timetable(model, columns=200):
 
 
 def main(argv):
-    p = argparse.ArgumentParser(prog="dydit.py", description="Draws figures 5 and 6 of the paper.")
+    p = Parser(prog="dydit.py", description="Draws figures 5 and 6 of the paper.")
     p.add_argument("checkpoint", type=Path)
     p.add_argument("--out", type=Path, help="a folder (default: the checkpoint's)")
-    p.add_argument("--device", default="cpu")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     args = p.parse_args(argv)
-    model, path, saved = load(args.checkpoint, device=args.device)
+    model, path, saved = load(args.checkpoint, device=join(args.device)[2])
     if saved["name"] != "dydit":
         raise Refusal(f"{args.checkpoint} holds {saved['name']}, not dydit")
     out, classes = args.out or args.checkpoint.parent, max(model.cfg.classes, 1)
