@@ -32,8 +32,8 @@ Differences from the paper (P) and the official code (C)
   the strongest. C does not. rank() does, judging by the weights alone.
 - C's first release (NUS) has H outputs per width router and none that is always on, its second
   (Alibaba) has H - 1. always_on says which; from_official reads both.
-- The FLOPs loss takes the ratio of the global batch, in C that of each GPU. Its weight 2, the ramp
-  W, the 100 steps before it and the stratified times are in C and not in P.
+- The FLOPs loss takes the ratio of the global batch (with --accum, of each part), in C that of each
+  GPU. Its weight 2, the ramp W, the 100 steps before it and stratified times are in C, not in P.
 - lambda is the share of a whole trajectory, so all times are drawn alike; if the parent's path
   drew some more often (a rectified flow's logit-normal), its density weighs the diffusion loss.
 - A switch near logit 0 is on half the time in training and always in sampling. So P's and C's
@@ -361,6 +361,8 @@ class DyDiT(nn.Module):
         super().__init__()
         if cfg.route not in ("both", "width", "tokens", "random"):
             raise ValueError(f"route {cfg.route!r}: both, width, tokens or random")
+        if not (0 < cfg.target <= 1 and cfg.tau > 0 and cfg.router_lr >= 0):
+            raise ValueError("target must be in (0, 1], tau above 0, router_lr not below 0")
         self.cfg = cfg
         self.x_embedder = PatchEmbed(cfg)
         self.pos_embed = nn.Parameter(sincos_2d(cfg), requires_grad=False)    # (1, L, D), fixed

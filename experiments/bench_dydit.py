@@ -154,7 +154,8 @@ def curve(dense, target, steps, out, device="cpu", every=10):
         + ["--init", str(dense), "--out", str(out / "curve"), "--device", str(device)])
     loss, update, spent, points = dydit.loss, train.update_ema, [], []
     held = data.load(train.read_checkpoint(dense)["data"]["source"], "test")
-    x0, y = held.batch(torch.arange(256), Draw(0, 0, 256, torch.arange(256)))
+    rows = torch.arange(min(256, len(held)))
+    x0, y = held.batch(rows, Draw(0, 0, len(rows), rows))
 
     def watched_loss(path, *rest):
         result = loss(path, *rest)

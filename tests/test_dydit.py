@@ -1,18 +1,25 @@
 """DyDiT (arXiv 2410.03456): what the paper says, checked."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+import data
 import diffusion
 import dit
 import dydit
+import sample
+import train
 from conftest import wake
-from experiments.timetable import timetable
+from experiments import bench_dydit
+from experiments.timetable import cli as timetable_cli, timetable
+from test_faults import MICRO, few_digits
 from test_official import close, golden
 
 SMALL = replace(dydit.TINY, size=16, patch=2, dim=64, depth=3, heads=4)      # 64 tokens
@@ -67,17 +74,50 @@ def furthest(a, b):
 # ------------------------------------------------------------------------------- what it costs
 
 
-@pytest.mark.parametrize("name, total, routers, macs", [
-    ("S/2", 33_120_740, 157_380, 6.07), ("B/2", 131_158_964, 646_548, 23.02),
-    ("L/2", 460_416_776, 2_313_960, None), ("XL/2", 678_424_644, 3_295_012, 118.69)])
-def test_parameters_and_gmacs_are_the_papers(name, total, routers, macs):
+@pytest.mark.parametrize("name, total, routers, products, macs", [
+    ("S/2", 33_120_740, 157_380, 6.0557, 6.0655), ("B/2", 131_158_964, 646_548, 23.0051, 23.0248),
+    ("L/2", 460_416_776, 2_313_960, None, None),
+    ("XL/2", 678_424_644, 3_295_012, 118.6214, 118.6887)])
+def test_parameters_and_gmacs_are_the_papers(name, total, routers, products, macs):
     with torch.device("meta"):
         ours, dense = dydit.DyDiT(dydit.size(name)), dit.DiT(dit.size(name))
     count = [sum(p.numel() for p in m.parameters()) for m in (ours, dense)]
     assert count == [total, total - routers]
     cost = dydit.cost(dydit.size(name))
-    assert macs is None or round(cost["GMAC (the paper's count)"], 2) == macs
+    assert macs is None or round(cost["GMAC (the paper's count)"], 4) == macs   # 6.07, 23.02, 118.69
+    assert macs is None or round(cost["GMAC"], 4) == products
     assert cost["GMAC"] == dit.cost(dit.size(name))["GMAC"]
+
+
+@pytest.mark.parametrize("name, attention, mlp", [      # GMAC of a block, as the authors' code has it
+    ("S/2", 0.201326592, 0.301989888), ("B/2", 0.704643072, 1.207959552),
+    ("XL/2", 1.50994944, 2.717908992)])
+def test_a_block_costs_what_the_authors_table_says(name, attention, mlp):
+    cfg, off = dydit.size(name), torch.zeros(1)
+    alone = dydit.spend(torch.ones(1), off, off, cfg).item()
+    assert alone == pytest.approx(attention / (attention + mlp), rel=1e-6)
+
+
+def test_the_authors_settings_are_the_defaults():
+    model = dydit.DyDiT(dydit.Config(size=8, dim=64, depth=1, heads=4))
+    block = model.blocks[0]
+    for router, bias in ((block.attn_rate.router, 15), (block.mlp_rate.router, 15),
+                         (block.token_selection.mlp_head[2], 35)):
+        assert router.bias.eq(bias).all() and router.weight.any()
+    assert block.attn_rate.tau == block.token_selection.tau == 5
+    c = model.cfg
+    assert (c.weight, c.ramp, c.hold, c.complete, c.quiet, c.router_lr) == (2, 1000, 100, 0, 0, 1)
+    cfg = replace(SMALL, head_bias=1.0, channel_bias=2.0, token_bias=3.0)
+    block = dydit.DyDiT(cfg).blocks[2]                      # TINY's own arrive, too
+    assert [r.bias[0].item() for r in (block.attn_rate.router, block.mlp_rate.router,
+                                       block.token_selection.mlp_head[2])] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("wrong", [dict(target=0.0), dict(target=1.01), dict(target=math.nan),
+                                   dict(tau=0.0), dict(router_lr=-1.0), dict(route="off")])
+def test_settings_without_a_meaning_are_refused(wrong):
+    with pytest.raises(ValueError, match=[*wrong][0]):
+        dydit.DyDiT(replace(SMALL, **wrong))
 
 
 def test_the_first_release_has_a_few_more_router_parameters():
@@ -167,12 +207,15 @@ def test_ranking_puts_the_strongest_head_and_channels_first():
     cfg, d = SMALL, 16
     state = wake(dit.DiT(plain(cfg))).state_dict()
     state["blocks.1.attn.proj.weight"][:, 2 * d : 3 * d] *= 10              # head 2, by its columns
+    heads = state["blocks.1.attn.qkv.weight"].view(3, 4, d, 64)
+    heads[2, 3] *= 5                                                        # then 3, by its values
+    heads[0, 1] *= 50                                                       # queries say nothing
     state["blocks.1.mlp.fc1.weight"][77] *= 10                              # channel 77, by its row
-    ranked = dydit.rank(state, cfg)
-    assert torch.equal(ranked["blocks.1.attn.qkv.weight"][:d],
-                       state["blocks.1.attn.qkv.weight"][2 * d : 3 * d])
-    assert torch.equal(ranked["blocks.1.mlp.fc2.weight"][:, 0],
-                       state["blocks.1.mlp.fc2.weight"][:, 77])
+    state["blocks.1.mlp.fc2.weight"][:, 99] *= 5                            # then 99, by its column
+    ranked = dydit.from_dense(state, cfg).state_dict()
+    assert torch.equal(ranked["blocks.1.attn.qkv.weight"][: 2 * d], heads[0, 2:].flatten(0, 1))
+    assert torch.equal(ranked["blocks.1.mlp.fc2.weight"][:, :2],
+                       state["blocks.1.mlp.fc2.weight"][:, [77, 99]])
 
 
 def test_weights_that_are_no_dit_are_refused():
@@ -184,6 +227,15 @@ def test_weights_that_are_no_dit_are_refused():
         dydit.from_official(state, heads=4)
     with pytest.raises(ValueError, match="pass heads=3 or 4"):
         dydit.from_official(dydit.DyDiT(SMALL).state_dict())
+
+
+@pytest.mark.parametrize("name", dydit.SIZES)
+@pytest.mark.parametrize("always_on", [True, False])
+def test_the_papers_sizes_are_told_by_their_routers(name, always_on):
+    with torch.device("meta"):
+        cfg = dydit.size(f"{name}/2", depth=1, always_on=always_on)
+        found = dydit.from_official(dydit.DyDiT(cfg).state_dict()).cfg
+    assert (found.heads, found.always_on) == (cfg.heads, always_on)
 
 
 # ------------------------------------------------------------------------------- the switch
@@ -239,6 +291,20 @@ def test_a_closed_switch_still_learns():
     for b in model.blocks:
         assert b.attn_rate.router.bias.grad.abs().min() > 0
         assert b.token_selection.mlp_head[2].bias.grad.abs().min() > 0
+
+
+def test_the_temperature_reaches_every_router():
+    def pull(tau):
+        model = set_bias(dydit.DyDiT(replace(SMALL, depth=1, tau=tau)), 5, 5, 5).train()
+        half = torch.full((3, 1, 2 * 4 + 64), 0.5)          # no noise
+        model(*inputs(SMALL, t=None), noise=half)[1]["flops"].sum().backward()
+        block = model.blocks[0]
+        return [r.bias.grad.mean().item() for r in (
+            block.attn_rate.router, block.mlp_rate.router, block.token_selection.mlp_head[2])]
+
+    slope = [math.exp(-5 / tau) / (1 + math.exp(-5 / tau)) ** 2 / tau for tau in (1, 5)]
+    for sharp, soft in zip(pull(1.0), pull(5.0)):
+        assert soft / sharp == pytest.approx(slope[1] / slope[0], rel=1e-3)
 
 
 def test_the_mask_of_a_group_comes_before_gelu():
@@ -320,21 +386,30 @@ def test_both_halves_of_guidance_share_heads_and_groups():
     assert torch.equal(given, free) and seen[0]["tokens"].shape[0] == 4
 
 
-@pytest.mark.parametrize("path, options", [(diffusion.DDPM(), dict(steps=7)),
-                                           (diffusion.DDPM(), dict(steps=5, solver="ddim")),
-                                           (diffusion.RectifiedFlow(), dict(steps=4))])
-def test_any_sampler_gets_the_masks_of_the_original_time(path, options):
-    model, x = mixed(replace(SMALL, learn_sigma=path.kind == "ddpm")), inputs(SMALL)[0]
+@pytest.mark.parametrize("solver, steps, times", [
+    ("euler", 4, [1, 0.75, 0.5, 0.25]), ("heun", 2, [1, 0.5, 0.5, 0]), ("euler", 1, [1]),
+    ("ddpm", 4, [0.999, 0.666, 0.333, 0]), ("ddim", 5, [0.8, 0.6, 0.4, 0.2, 0]), ("dpm++", 3, None)])
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_any_sampler_gets_the_masks_of_the_original_time(solver, steps, times, scale):
+    """Whatever steps are left out, and the same pictures as with masks."""
+    path = next(p for p in (diffusion.DDPM(), diffusion.RectifiedFlow()) if solver in p.solvers)
+    model = mixed(replace(SMALL, learn_sigma=path.kind == "ddpm")).double()
+    x, _, y = inputs(SMALL, dtype=torch.float64)
+    seen, ends = [], []
+    for fast in (True, False):
+        def watched(x, t, y):
+            out, aux = model(x, t, y, fast=fast)
+            seen.append((t[0].item(), torch.cat([aux["heads"], aux["groups"]], -1)))
+            return out, aux
 
-    def f(x, t):
-        out, aux = model(x, torch.full((len(x),), t), torch.zeros(len(x), dtype=torch.long))
-        on = model.widths(model.t_embedder(torch.tensor([t])))
-        assert torch.equal(torch.cat([aux["heads"], aux["groups"]], -1), on.expand(3, -1, -1))
-        return out
-
-    with torch.no_grad():
-        *_, (t, x, _) = path.trajectory(f, x, **options)
-    assert t == 0 and x.isfinite().all()
+        f = diffusion.guide(watched, y, 10, scale)
+        ends += run(lambda: list(path.trajectory(f, x, steps, solver, noise=lambda i: x.roll(i)))[-1:])
+    sliced, masked = ends
+    assert sliced[0] == 0 and furthest(sliced[1], masked[1]) < 1e-10 * sliced[1].abs().max()
+    assert times is None or [t for t, _ in seen] == pytest.approx(times * 2, abs=1e-6)
+    for t, on in seen:
+        expected = model.widths(model.t_embedder(torch.tensor([t])))
+        assert len(on) == 3 * scale and torch.equal(on, expected.expand(len(on), -1, -1))
 
 
 # ------------------------------------------------------------------------------- what is kept
@@ -380,12 +455,24 @@ def test_a_copied_or_moved_model_does_not_keep_what_was_cut():
     assert not any(b.mlp.kept[0] for b in model.double().blocks)
 
 
+def test_weights_of_inference_mode_are_cut_anew():
+    with torch.inference_mode():                            # such tensors have no _version
+        model = mixed().requires_grad_(False)
+        for _ in range(2):
+            masked, sliced = (model(*inputs(SMALL), fast=fast)[0] for fast in (False, True))
+            assert furthest(masked, sliced) < 1e-5
+            model.blocks[0].mlp.fc1.weight.mul_(2)
+
+
 def test_one_copy_is_cut_per_pattern_and_it_is_the_newest():
     model = mixed().requires_grad_(False)
     run(model, *inputs(SMALL, t=0.4))
     kept = model.blocks[0].mlp.kept[1][0]
     run(model, *inputs(SMALL, t=0.4, B=5, seed=1))          # another batch, the same time
     assert model.blocks[0].mlp.kept[1][0] is kept
+    set_bias(model, groups=-1)
+    run(model, *inputs(SMALL, t=0.4))                       # another pattern
+    assert model.blocks[0].mlp.kept[1][0].shape == (64, 64)
     assert not any("kept" in k for k in model.state_dict())
 
 
@@ -406,9 +493,11 @@ def test_the_flops_loss_is_2_times_the_squared_miss():
     cfg = replace(SMALL, target=0.5, hold=1, ramp=4)
     model = set_bias(wake(dydit.DyDiT(cfg)), 99, 99, 99)
     x, _, y = inputs(cfg, B=8)
-    for step, value in ((0, 0.0), (2, 2 * 0.25**2), (4, 2 * 0.5**2)):
-        aux = dydit.loss(diffusion.RectifiedFlow(), model, x, y, step, draw())[1]
-        assert aux["flops_loss"].item() == pytest.approx(value)
+    for weight in (2.0, 0.5):
+        model.cfg.weight = weight
+        for step, value in ((0, 0.0), (2, 0.25**2), (4, 0.5**2)):
+            aux = dydit.loss(diffusion.RectifiedFlow(), model, x, y, step, draw())[1]
+            assert aux["flops_loss"].item() == pytest.approx(weight * value)
 
 
 @pytest.mark.parametrize("path", [diffusion.RectifiedFlow(), diffusion.RectifiedFlow("uniform"),
@@ -427,25 +516,27 @@ def test_every_batch_has_every_quarter_of_time(path):
 def test_quarters_of_time_do_not_change_what_is_minimised():
     """The parent saw times as often as its path draws them; fine-tuning sees all alike, weighted."""
     class Wrong:                                            # by 100 t^2, whatever the picture
-        cfg = replace(SMALL, size=8)
+        cfg = replace(SMALL, size=8, complete=1)
 
-        def __call__(self, x, t, y, noise=None):
+        def __call__(self, x, t, y, noise=None, complete=False):
             return (10 * t)[:, None, None, None].expand_as(x), dict(flops=torch.ones_like(t))
 
     path, (x, y) = diffusion.RectifiedFlow("logit-normal"), (torch.zeros(4096, 1, 8, 8), None)
-    ours = dydit.loss(path, Wrong(), x, y, 0, draw(4096))[0]
+    ours, aux = dydit.loss(path, Wrong(), x, y, 0, draw(4096))
+    assert aux["complete_loss"] == ours                     # phase 1 weighs alike
     t, noise = path.draw(x, draw(4096, step=1))
     theirs = path.loss(Wrong(), x, y, t, noise)[0]
     flat = path.loss(Wrong(), x, y, draw(4096).uniform("t"), noise)[0].mean()
     assert abs(ours - theirs.mean()) < 4 * theirs.std() / 64 < abs(ours - flat)
 
 
-def test_the_last_steps_train_the_switches_that_sampling_will_have():
-    cfg = replace(SMALL, quiet=5)
+@pytest.mark.parametrize("quiet, cases", [(5, {4: False, 5: True}), (0, {9: False})])
+def test_the_last_steps_train_the_switches_that_sampling_will_have(quiet, cases):
+    cfg = replace(SMALL, quiet=quiet)
     model, path, (x, _, y) = mixed(cfg).train(), diffusion.RectifiedFlow(), inputs(cfg, B=8)
     seen = []
     model.register_forward_pre_hook(lambda _, args: seen.append(args))
-    for step, same in ((4, False), (5, True)):
+    for step, same in cases.items():
         aux = dydit.loss(path, model, x, y, step, draw())[1]
         plain = run(model.eval(), *seen.pop(), fast=False)[1]
         assert torch.equal(aux["heads"], plain["heads"]) == same
@@ -536,6 +627,7 @@ def test_random_routing_spends_the_target_and_depends_on_time_alone(target, alwa
     model = mixed(cfg)
     (masked, a), (sliced, b) = (run(model, *inputs(cfg), fast=f) for f in (False, True))
     assert torch.equal(a["tokens"], b["tokens"]) and furthest(masked, sliced) < 1e-5
+    assert run(model, *inputs(cfg), complete=True)[1]["flops"].eq(1).all()
 
 
 def test_sdt_alone_cannot_reach_a_small_lambda_because_attention_stays():
@@ -587,18 +679,98 @@ def test_a_bf16_network_runs_on_both_paths():
     assert masked.dtype == sliced.dtype == torch.bfloat16 and a["flops"].dtype == torch.float32
     assert torch.equal(a["heads"], b["heads"]) and furthest(masked, sliced) < 0.1
     with torch.autocast("cpu", torch.bfloat16):
-        out, aux = run(model.float(), x, t, y, fast=True)
-    assert out.isfinite().all() and aux["heads"].dtype == torch.float32
+        (masked, a), (sliced, b) = (run(model.float(), x, t, y, fast=f) for f in (False, True))
+    assert all(torch.equal(a[k], b[k]) for k in ("heads", "groups", "tokens"))
+    assert a["heads"].dtype == torch.float32 and furthest(masked, sliced) < 0.03 * masked.abs().max()
 
 
 def test_the_timetable_shows_every_head_and_group_at_every_time():
     model = mixed()
     heads, groups = timetable(model, columns=9)       # (1, N * (H + 1), columns)
-    aux = run(model, *inputs(SMALL, t=0.5))[1]
+    aux = run(model, *inputs(SMALL, t=0.25))[1]
     assert heads.shape == groups.shape == (1, 3 * 5, 9)
-    assert torch.equal(heads[0, :, 4].view(3, 5)[:, :4], aux["heads"][0] * 2 - 1)
-    assert torch.equal(groups[0, :, 4].view(3, 5)[:, :4], aux["groups"][0] * 2 - 1)
+    assert torch.equal(heads[0, :, 2].view(3, 5)[:, :4], aux["heads"][0] * 2 - 1)
+    assert torch.equal(groups[0, :, 2].view(3, 5)[:, :4], aux["groups"][0] * 2 - 1)
     assert heads[0, 0].eq(1).all() and heads[0, 4].eq(0).all()
+
+
+# ------------------------------------------------------------------------------- commands
+
+
+@pytest.fixture(scope="module", params=["rf", "ddpm"])
+def runs(request, tmp_path_factory):
+    """A dense DiT by train.py, and how to fine-tune it: tune(name, ...) -> folder."""
+    out = tmp_path_factory.mktemp(request.param)
+
+    def command(name, model, *options):
+        argv = ["--model", model, *MICRO, "--out", out / name, *options]
+        assert train.cli([str(a) for a in argv]) == 0
+        return out / name
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "digits", few_digits)
+        dense = command("dense", "dit", "--path", request.param, "--steps", 4)
+        yield dense, command
+
+
+def tune(runs, name, *options):
+    return runs[1](name, "dydit", "--init", runs[0] / "last.pt", *options)
+
+
+def test_init_starts_from_the_dense_parent_and_draws_its_pictures(runs):
+    out = tune(runs, "start", "--lr", 0, "--steps", 1)
+    (dense, path, _), (ours, _, saved) = (sample.load(f / "last.pt") for f in (runs[0], out))
+    assert saved["config"]["learn_sigma"] == (path.kind == "ddpm")
+    with torch.no_grad():
+        dense.final_layer.linear.weight += 0.1              # four steps leave it near 0
+        ours.final_layer.linear.weight += 0.1
+    a, b = (sample.generate(m, path, torch.arange(4), steps=4) for m in (dense, ours))
+    assert furthest(a, b) < 1e-4 * a.abs().max() and a.std() > 0.1
+
+
+@pytest.mark.parametrize("route", ["both", "width", "tokens", "random"])
+def test_a_fine_tuning_that_was_stopped_goes_on_to_the_same_bit(runs, route):
+    own = ["--set", "ramp=4", "hold=1", "complete=3", "quiet=4", f"route={route}", "head_bias=1",
+           "channel_bias=1", "token_bias=1", "router_lr=10"]
+    whole = tune(runs, f"{route}-whole", "--steps", 5, *own)
+    cut = tune(runs, f"{route}-cut", "--steps", 2, *own)
+    tune(runs, f"{route}-cut", "--steps", 5, "--resume", *own)
+    a, b = (torch.load(f / "last.pt", weights_only=True) for f in (whole, cut))
+    assert all(torch.equal(a[w][k], b[w][k]) for w in ("model", "ema") for k in a[w])
+    lines = [json.loads(line) for line in (cut / "metrics.jsonl").read_text().splitlines()]
+    assert ["complete_loss" in line for line in lines] == [True] * 3 + [False] * 2
+
+
+def test_figures_5_and_6_are_drawn(runs, tmp_path, capsys):
+    file = tune(runs, "figures", "--steps", 1, "--set", "token_bias=1e6") / "last.pt"
+    assert timetable_cli([str(file), "--out", str(tmp_path), "--device", "cpu"]) == 0
+    assert sample.cli([str(file), "--maps", "--n", "6", "--steps", "6", "--device", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("compute per token 1.000") == 12 and "heads (left)" in said      # nothing is off yet
+    table = Image.open(tmp_path / "timetable.png").convert("L")
+    assert sorted(v for _, v in table.getcolors()) == [128, 255]               # the frame, and all on
+    for picture in (tmp_path / "tokens.png", file.with_name("maps.png")):
+        assert min(Image.open(picture).size) > 100
+    for wrong in ([str(runs[0] / "last.pt")], [], [str(file), "--device", "nowhere"]):
+        assert timetable_cli(wrong) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_bench_draws_the_ratio_of_a_fine_tuning_and_times_sampling(runs, tmp_path, capsys):
+    file = tune(runs, "bench", "--steps", 1, "--set", "token_bias=1e6") / "last.pt"
+    dense = str(runs[0] / "last.pt")
+    common = ["--dense", dense, "--out", str(tmp_path), "--device", "cpu"]
+    bench_dydit.main([*common, "--curve", "13", "--target", "0.7"])
+    bench_dydit.main([*common, "--ours", str(file), "--rounds", "1"])
+    results = json.loads((tmp_path / "dydit_speed.json").read_text())
+    assert [point[0] for point in results["curve 0.7"]] == [10, 13]
+    assert all(point[3] == 1 for point in results["curve 0.7"])         # the ramp has hardly begun
+    assert (tmp_path / "dydit_curve_0.7.png").exists()
+    row, = results["sampling"]
+    assert row["ratio"] == 1 and row["difference"] < 1e-2 and row["sliced"] > 0
+    for wrong in (["--curve", "3"], ["--ours", str(file)], [*common, "--ours", dense]):
+        with pytest.raises(train.Refusal, match="--dense|holds dit"):
+            bench_dydit.main(["--out", str(tmp_path), *wrong])
 
 
 # ------------------------------------------------------------------------------- golden
