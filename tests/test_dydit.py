@@ -39,10 +39,12 @@ def inputs(cfg, B=3, t=0.4, seed=0, dtype=torch.float32):
 
 
 def mixed(cfg=SMALL, seed=0, spread=4.0):
-    """An awake network whose switches are a mixture of on and off."""
+    """An awake network whose switches are a mixture of on and off, another one at another time."""
     model = wake(dydit.DyDiT(cfg), seed=seed).eval()
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        for layer in model.t_embedder.mlp[::2]:             # a fresh one hardly tells times apart
+            layer.weight.copy_(torch.randn(layer.weight.shape, generator=g) * 0.1)
         for b in model.blocks:
             for r in (b.attn_rate.router, b.mlp_rate.router, b.token_selection.mlp_head[2]):
                 r.weight.copy_(torch.randn(r.weight.shape, generator=g) * spread)
@@ -407,6 +409,7 @@ def test_any_sampler_gets_the_masks_of_the_original_time(solver, steps, times, s
     sliced, masked = ends
     assert sliced[0] == 0 and furthest(sliced[1], masked[1]) < 1e-10 * sliced[1].abs().max()
     assert times is None or [t for t, _ in seen] == pytest.approx(times * 2, abs=1e-6)
+    assert len({tuple(on[0].flatten().tolist()) for _, on in seen}) >= min(steps, 3)
     for t, on in seen:
         expected = model.widths(model.t_embedder(torch.tensor([t])))
         assert len(on) == 3 * scale and torch.equal(on, expected.expand(len(on), -1, -1))
@@ -434,7 +437,7 @@ def test_weights_cut_before_a_change_are_never_used_after_it(change):
         CHANGES[change](model, other)
     masked, sliced = run(model, *args, fast=False)[0], run(model, *args, fast=True)[0]
     assert furthest(before, masked) > 1e-5                  # the change is one
-    assert furthest(masked, sliced) < 2e-6 * max(1, masked.abs().max())
+    assert furthest(masked, sliced) < 1e-5 * max(1, masked.abs().max())
 
 
 def test_a_copied_or_moved_model_does_not_keep_what_was_cut():
@@ -470,10 +473,13 @@ def test_one_copy_is_cut_per_pattern_and_it_is_the_newest():
     kept = model.blocks[0].mlp.kept[1][0]
     run(model, *inputs(SMALL, t=0.4, B=5, seed=1))          # another batch, the same time
     assert model.blocks[0].mlp.kept[1][0] is kept
-    set_bias(model, groups=-1)
-    run(model, *inputs(SMALL, t=0.4))                       # another pattern
-    assert model.blocks[0].mlp.kept[1][0].shape == (64, 64)
     assert not any("kept" in k for k in model.state_dict())
+    patterns = set()
+    for t in (*torch.linspace(0, 1, 12).tolist(), 0.4):     # what was kept is not what is on now
+        (masked, aux), (sliced, _) = (run(model, *inputs(SMALL, t=t), fast=f) for f in (False, True))
+        assert furthest(masked, sliced) < 1e-5
+        patterns.add(tuple(aux["groups"][0].flatten().tolist()))
+    assert len(patterns) > 5
 
 
 # ------------------------------------------------------------------------------- training
@@ -672,16 +678,20 @@ def test_training_needs_no_host(route):
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_a_bf16_network_runs_on_both_paths():
-    model = mixed().bfloat16()
-    x, t, y = inputs(SMALL)
-    (masked, a), (sliced, b) = (run(model, x.bfloat16(), t, y, fast=f) for f in (False, True))
-    assert masked.dtype == sliced.dtype == torch.bfloat16 and a["flops"].dtype == torch.float32
-    assert torch.equal(a["heads"], b["heads"]) and furthest(masked, sliced) < 0.1
+@pytest.mark.parametrize("route", ["both", "random"])
+def test_a_bf16_network_and_autocast_run_on_both_paths(route):
+    model, (x, t, y) = mixed(replace(SMALL, route=route)), inputs(SMALL)
     with torch.autocast("cpu", torch.bfloat16):
-        (masked, a), (sliced, b) = (run(model.float(), x, t, y, fast=f) for f in (False, True))
-    assert all(torch.equal(a[k], b[k]) for k in ("heads", "groups", "tokens"))
-    assert a["heads"].dtype == torch.float32 and furthest(masked, sliced) < 0.03 * masked.abs().max()
+        auto = [run(model, x, t, y, fast=f) for f in (False, True)]
+    model = model.bfloat16()
+    pure = [run(model, x.bfloat16(), t, y, fast=f) for f in (False, True)]
+    assert pure[0][0].dtype == pure[1][0].dtype == torch.bfloat16
+    for (masked, a), (sliced, b) in (auto, pure):
+        assert a["heads"].dtype == a["flops"].dtype == torch.float32
+        assert torch.equal(a["heads"], b["heads"]) and torch.equal(a["groups"], b["groups"])
+        assert (a["tokens"] != b["tokens"]).float().mean() < 0.05       # x is rounded otherwise
+        if route == "random":                               # the same masks
+            assert furthest(masked, sliced) < 0.03 * masked.abs().max()
 
 
 def test_the_timetable_shows_every_head_and_group_at_every_time():
