@@ -20,6 +20,7 @@ import torch
 from conftest import ROOT, wake
 
 import data
+import dydit
 import racedit
 import sample
 import train as train_module
@@ -50,7 +51,8 @@ def jobs(top):
              for engine, flag in (("ddp", []), ("fsdp", ["--fsdp", "--checkpointing"]))}
     both |= {"two-then-one": command(top / "two-then-one", "racedit", "--fsdp", "--steps", 3),
              "ant-uw": command(top / "ant-uw", "dtr", *ANT, "--steps", 3),
-             "one-then-two": command(top / "one-then-two", "dydit", "--fsdp", "--resume"),
+             "one-then-two": command(top / "one-then-two", "dydit", "--fsdp", "--resume",
+                                     "--sample-every", 5),
              "sharded": command(top / "sharded", "ditmoe", "--fsdp", "--sharded-save", "--steps", 3,
                                 "--save-every", 2),
              "again": command(top / "accum-ddp", "dit", "--steps", 1),
@@ -81,6 +83,18 @@ def race(top=None):
     return seen
 
 
+def switches(top):
+    """Which weights a sharded DyDiT decides with, under bf16."""
+    cfg = dydit.Config(size=8, patch=2, dim=32, depth=1, heads=2)
+    model, decide, seen = dydit.Model(cfg), dydit.decide, []
+    train_module.shard(model, torch.device("cpu"), "bf16")
+    dydit.decide = lambda x, w, b: (seen.append(w.dtype), decide(x, w, b))[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(4, 4, 8, 8), torch.rand(4), torch.arange(4))
+    dydit.decide = decide
+    (top / f"switches-{os.environ['RANK']}").write_text(f"{len(seen)} {set(seen)}")
+
+
 def work(top):
     """What each of the two processes does."""
     torch.manual_seed(0)
@@ -88,7 +102,7 @@ def work(top):
     (top / f"pid-{rank}").write_text(str(os.getpid()))
     torch.distributed.init_process_group("gloo")
     train_module.load_data = load_once
-    race(top)
+    race(top), switches(top)
     for name, argv in jobs(top).items():
         program = sample.cli if argv[rank][0] == "sample" else train_module.cli
         code = program([str(a) for a in argv[rank] if a != "sample"])
@@ -180,6 +194,14 @@ def test_ant_uw_learns_the_same_weights_on_two_processes_and_after_a_restart(top
     two, alone = (torch.load(folder / "last.pt", weights_only=True)["path"]["weights"]["log_var"]
                   for folder in (top / "ant-uw", tmp_path))
     assert torch.allclose(two, alone, atol=1e-5) and alone.abs().min() > 0.05
+
+
+def test_a_sharded_dydit_decides_in_float32_and_draws_without_slicing(top):
+    """Two routers of width, two layers of one of tokens; and of a shard no rows can be cut."""
+    for rank in "01":
+        assert (top / f"switches-{rank}").read_text() == "4 {torch.float32}"
+        assert (top / f"one-then-two-{rank}.code").read_text() == "0"
+    assert (top / "one-then-two/samples/step_0000005.png").exists()
 
 
 def test_shards_of_two_processes_become_one_file_and_go_on(top, tmp_path, monkeypatch):
