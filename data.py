@@ -118,9 +118,16 @@ class Data:
         return {"mean": x.mean(1).tolist(), "std": x.std(1).tolist(), "warning": warning}
 
     def describe(self):
+        """One line; of latents a second with their statistics, and a third if their scale is odd."""
         what = "latents" if self.latent else "pictures"
-        return (f"{self.source}: {len(self):,} {what} {self.size}x{self.size}x{self.channels} "
+        text = (f"{self.source}: {len(self):,} {what} {self.size}x{self.size}x{self.channels} "
                 f"in {self.classes} classes" + (f", {self.note}" if self.note else ""))
+        if self.latent:
+            found = self.statistics()
+            mean, std = (" ".join(f"{v:.2f}" for v in found[key]) for key in ("mean", "std"))
+            text += f"\nchannels: mean {mean}, std {std}"
+            text += f"\nwarning: {found['warning']}" if found["warning"] else ""
+        return text
 
 
 def load(source="digits", split="train", latent_kind=None, size=None):
@@ -180,7 +187,7 @@ def load_folder(source, root, split, latent_kind, size):
         labels, names, read, about = reader(main, part, latent_kind)
     data = Data(source, labels, names, read, own_rows(source, labels, split, has_own), **about)
     if seen:
-        data.batch(torch.linspace(0, len(data) - 1, min(64, len(data))).long())     # fail early
+        data.statistics()                                       # reads some of them: fail early
         fixed(size, data)
     return data
 
@@ -574,12 +581,14 @@ def native(main, part, latent_kind):
         raise DataError(f"{part / 'labels.npy'}: {len(labels)} labels for {len(array)} latents")
     names = names or [str(i) for i in range(labels.max() + 1)]
 
-    def read(rows):
-        some = moments(path, array[rows], kind)                 # (n, [V,] M, C, S, S)
-        return some if array.ndim == 5 else some[:, None]
+    variants = array.shape[1] if array.ndim == 5 else 1
 
-    about = {"scale": float(scale), "flips": array.ndim == 5 and array.shape[1] == 2}
-    return labels, names, read, about
+    def read(rows):
+        mapped = read_array(path, mmap="r")     # anew: what was read is resident until unmapped
+        some = moments(path, mapped[rows], kind)                # (n, [V,] M, C, S, S)
+        return some.reshape(len(rows), variants, *some.shape[-4:])
+
+    return labels, names, read, {"scale": float(scale), "flips": variants == 2}
 
 
 def fast_dit(main, part, latent_kind):
@@ -923,10 +932,7 @@ def main(argv=None):
         encode(args.images, args.out, vae, args.vae, args.size, args.batch, device, args.rank,
                args.world, log=log)
         if (Path(args.out) / "meta.json").exists():
-            data = load(args.out)
-            print(f"\n{data.describe()}")
-            print(data.statistics()["warning"] or "std of the channels: " + " ".join(
-                f"{std:.2f}" for std in data.statistics()["std"]))
+            print(f"\n{load(args.out).describe()}")
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         return 130

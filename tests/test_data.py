@@ -421,6 +421,16 @@ def test_threads_may_read_array_headers_at_the_same_time(tmp_path):
         sys.setswitchinterval(interval), gc.set_threshold(*threshold), gc.callbacks.remove(busy)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="reads Linux's /proc")
+def test_latents_that_were_read_leave_the_memory_again(tmp_path):
+    """A file that stays mapped counts as resident page by page, and after an epoch as a whole."""
+    write_native(tmp_path)
+    some = load(tmp_path)
+    some.batch(torch.arange(len(some)))
+    with open("/proc/self/maps") as maps:
+        assert str(tmp_path / "latents.npy") not in maps.read()
+
+
 def test_an_ambiguous_folder_demands_a_latent_kind(tmp_path):
     write_native(tmp_path / "two")
     write_fast_dit(tmp_path / "two", BOTH[:, :C] * 0.4)
@@ -441,6 +451,18 @@ def test_statistics_warn_when_the_scale_does_not_fit(tmp_path):
     assert about["warning"] is None and np.allclose(about["std"], 1, atol=0.2)
     write_native(tmp_path / "bad", scale=0.02)
     assert "far from 1" in load(tmp_path / "bad").statistics()["warning"]
+
+
+def test_latents_are_described_channel_by_channel_pictures_are_not(tmp_path, drawn):
+    array = np.zeros((N, C, S, S), np.float32)
+    array += np.arange(C)[:, None, None] * 10                           # the mean of each channel
+    array[..., 0] += [4, -4] * (S // 2)                                 # 8 of 64: std sqrt(2)
+    write_native(tmp_path / "one", array, kind="samples", scale=0.1)
+    _, line = load(tmp_path / "one").describe().split("\n")
+    assert line == "channels: mean 0.00 1.00 2.00 3.00, std 0.14 0.14 0.14 0.14"
+    write_native(tmp_path / "two", array, kind="samples", scale=0.01)
+    assert load(tmp_path / "two").describe().split("\n")[2].startswith("warning: ")
+    assert "\n" not in drawn[0].describe()
 
 
 def spoil(array, value=np.nan):

@@ -187,8 +187,9 @@ def test_a_paper_s_size_takes_a_training_step_on_a_cpu(tmp_path, monkeypatch, na
 @pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "wait4"), reason="reads a process's memory")
 def test_a_hundred_thousand_latents_are_not_loaded_into_memory(tmp_path):
-    words = ["--model", "dit", "--tiny", "--set", "dim=32", "depth=2", "heads=2", "patch=4",
-             "--data", write_latents(tmp_path / "latents", 100_000), "--batch", 64, "--steps", 60,
+    """One epoch: every latent has been read once."""
+    words = ["--model", "dit", "--tiny", "--set", "dim=32", "depth=2", "heads=2", "patch=8",
+             "--data", write_latents(tmp_path / "latents", 100_000), "--batch", 250, "--steps", 380,
              "--device", "cpu", "--amp", "off", "--out", tmp_path / "out", "--sample-every", 0]
     p = subprocess.Popen([sys.executable, "train.py", *map(str, words)], cwd=ROOT)
     hung = threading.Timer(300, p.kill)
@@ -208,13 +209,15 @@ def pictures(folder, n, side=16):
     return folder
 
 
-def test_pictures_become_latents_a_model_samples_and_pictures_again(tmp_path, monkeypatch):
+def test_pictures_become_latents_a_model_samples_and_pictures_again(tmp_path, monkeypatch, capsys):
     pictures(tmp_path / "in", 24, side=32)
     data.encode(tmp_path / "in", tmp_path / "latents", TinyVAE(), "tiny", size=32)
     out = tmp_path / "out"
     argv = ["--model", "racedit", "--tiny", "--set", "dim=32", "depth=2", "heads=2", "patch=2",
             "--steps", 2, "--batch", 4, "--data", tmp_path / "latents", "--device", "cpu", "--out", out]
     assert train_module.cli([str(a) for a in argv]) == 0
+    said = capsys.readouterr().out
+    assert "channels: mean -0." in said and "warning" in said           # grey pictures: std 0.19
     monkeypatch.setattr(data, "load_vae", lambda name, device: TinyVAE())
     argv = [out / "last.pt", "--n", 4, "--steps", 2, "--vae", "tiny", "--npz", tmp_path / "s.npz"]
     assert sample.cli([str(a) for a in argv]) == 0
