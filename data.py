@@ -763,8 +763,9 @@ def load_vae(name, device="cpu"):
     vae.config.scaling_factor. name: a folder or a model of the Hugging Face hub."""
     try:
         from diffusers import AutoencoderKL
-    except ImportError:
-        raise DataError("latents need a VAE: pip install diffusers accelerate") from None
+    except (ImportError, RuntimeError) as error:    # RuntimeError: it is there, but broken
+        why = str(error).strip().splitlines()[-1]
+        raise DataError(f"latents need a VAE: pip install diffusers accelerate ({why})") from None
     try:
         vae = AutoencoderKL.from_pretrained(name)
     except (OSError, ValueError) as error:

@@ -5,7 +5,7 @@
     python sample.py runs/racedit/last.pt --maps                where the model spends its compute
     python sample.py runs/racedit/last.pt --n 2000 --npz s.npz  for evaluators: uint8 RGB and labels
     python sample.py --official dit DiT-XL-2-256x256.pt --set heads=16 --vae VAE       theirs, too
-    torchrun --nproc-per-node 8 sample.py CKPT --n 50000 --npz s.npz    killed? the same line again
+    torchrun --nproc-per-node 8 sample.py CKPT -n 50000 --npz s.npz     killed? the same line again
 
 Picture i is decided by (seed, i) and its class, whatever the batch: ask for 10 or for 10,000, the
 first 10 are the same. torchrun's processes take the batches in turn: the pictures of one process,
@@ -171,6 +171,8 @@ def write_whole(file, write):
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as f:
             write(f)
+            f.flush()
+            os.fsync(f.fileno())                    # or a power cut may leave a name without a file
         os.replace(beside, file)
     except OSError as e:
         with contextlib.suppress(OSError):
@@ -236,11 +238,10 @@ def decoder(name, latent, device):
         return lambda x: x
     if not latent:
         raise Refusal("--vae: this checkpoint makes pictures, not latents")
-    from data import load_vae
+    from data import load_vae, vae_scale
     vae = load_vae(name, device)
-    scale = getattr(vae.config, "scaling_factor", 0.18215)
-    with torch.no_grad():
-        return lambda x: vae.decode(x.to(device) / scale).sample.float().cpu()
+    scale = vae_scale(vae)
+    return lambda x: vae.decode(x.to(device) / scale).sample.float().cpu()
 
 
 # ------------------------------------------------------------------------ command line
@@ -251,7 +252,8 @@ def parse_args(argv):
     count = number(int, 1, 10**7)
     p.add_argument("checkpoint", type=Path)
     p.add_argument("--out", type=Path, help="PNG (default: grid.png beside the checkpoint)")
-    p.add_argument("--n", type=count, default=80, help="how many pictures, classes in turn")
+    p.add_argument("-n", "--n", type=count, default=80,         # torchrun takes --n for its own
+                   help="how many pictures, classes in turn")
     p.add_argument("--classes", type=number(int, 0, 10**7), nargs="+", help="only these, in turn")
     p.add_argument("--steps", type=count, help=f"default: {STEPS}")
     p.add_argument("--solver", choices=tuple(STEPS))

@@ -94,6 +94,7 @@ def main(args):
     report.say(describe(args.model, module, model, path, data, device, bf16, world))
     if saved and "shards" in saved and not args.sharded_save:
         save(args, rank, world, path, data, model, ema, optimizers, start, sums)   # now one file
+    saved = dense = None                            # their tensors have been copied: free them
     loss_of = getattr(module, "loss", default_loss)
     fetch = partial(get_batches, args, data, model.cfg, rank, world)
     reader, stop = ThreadPoolExecutor(1), Stop(world)
@@ -104,7 +105,7 @@ def main(args):
         stats = defaultdict(float)
         for x0, y, draw in batches:                                         # more than 1: --accum
             x0, y = x0.to(device, non_blocking=True), y.to(device, non_blocking=True)
-            sync_when(net, draw is batches[-1][2])                          # processes: once a step
+            sync_when(net, model, draw is batches[-1][2])                   # processes: once a step
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                 loss, aux = loss_of(path, net, x0, y, step, draw.to(device))
             extra = {k: v for k, v in aux.items() if k.endswith("_loss")}
@@ -330,12 +331,12 @@ def wrap(args, model, device):
     return net
 
 
-def sync_when(net, now):
+def sync_when(net, model, now):
     """Gradients travel between processes once per step, not once per --accum."""
     if isinstance(net, DDP):
         net.require_backward_grad_sync = now
-    elif isinstance(net, FSDPModule):
-        net.set_requires_gradient_sync(now)
+    elif isinstance(model, FSDPModule):             # net may be its compiled self
+        model.set_requires_gradient_sync(now)
 
 
 def make_optimizers(args, module, model, path, device):

@@ -176,11 +176,13 @@ def to_pictures(samples, channels):
     return x[:, :channels]
 
 
-def read_npz(path):
-    """What sample.py --npz wrote: arr_0 uint8 (N, S, S, 3), arr_1 int64 (N,)."""
+def read_npz(path, labels=True):
+    """What sample.py --npz wrote: arr_0 uint8 (N, S, S, 3), arr_1 int64 (N,).
+
+    ADM's reference files have no labels."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            samples, labels = file["arr_0"], file["arr_1"]
+            samples, labels = file["arr_0"], file["arr_1"] if labels else np.zeros(1, int)
     except Exception as error:                  # damaged files raise a dozen different errors
         raise DataError(f"{path}: cannot be read ({error})") from None
     if samples.dtype != np.uint8 or labels.dtype.kind not in "iu" or labels.ndim != 1:
@@ -192,7 +194,7 @@ class Pictures(torch.utils.data.Dataset):
     """arr_0 of an npz as torch-fidelity wants it: uint8 (3, S, S), one by one."""
 
     def __init__(self, path):
-        self.pictures = read_npz(path)[0]
+        self.pictures = read_npz(path, labels=False)[0]
 
     def __len__(self):
         return len(self.pictures)
@@ -202,17 +204,22 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def fidelity(file, reference, device):
-    """FID, IS, precision and recall as the literature has them, by Inception and VGG. reference: an
-    npz like ADM's VIRTUAL_imagenet256_labeled.npz, or a folder of pictures of the same size."""
+    """FID and IS by Inception, precision and recall by VGG. reference: an npz with arr_0, or a folder
+    of pictures of the same size.
+
+    Not the published figures: ADM's evaluator takes the FID to the mean and covariance of all of
+    ImageNet, and precision and recall by Inception, too. Its reference file holds 10,000 pictures
+    besides; to them FID is higher."""
     try:
         from torch_fidelity import calculate_metrics
     except ImportError:
-        raise DataError("--fidelity: pip install torch-fidelity") from None
+        raise DataError("--fidelity: pip install torch-fidelity (0.4 or later)") from None
     if not Path(reference).exists():
         raise DataError(f"{reference}: no such file or folder")
     real = Pictures(reference) if str(reference).endswith(".npz") else str(reference)
     found = calculate_metrics(input1=Pictures(file), input2=real, cuda=device.startswith("cuda"),
-                              isc=True, fid=True, prc=True, verbose=False)
+                              isc=True, fid=True, prc=True, verbose=False,
+                              save_cpu_ram=True)        # 50,000 x 50,000 distances: 10 GB a table
     return {name: float(value) for name, value in found.items()}
 
 

@@ -593,8 +593,17 @@ def test_several_encoders_share_the_work_and_collide_nowhere(tmp_path):
     check_latents(tmp_path / "out")
 
 
-def test_encode_without_diffusers_is_one_line_and_exit_2(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "diffusers", None)     # as if it were not installed
+class Broken:
+    """As diffusers is when torchvision was built for another torch: it is there, and raises."""
+
+    @property
+    def AutoencoderKL(self):
+        raise RuntimeError("Failed to import ...\noperator torchvision::nms does not exist")
+
+
+@pytest.mark.parametrize("diffusers", [None, Broken()])
+def test_encode_without_diffusers_is_one_line_and_exit_2(tmp_path, capsys, monkeypatch, diffusers):
+    monkeypatch.setitem(sys.modules, "diffusers", diffusers)    # None: as if not installed
     code = data.main(["encode", "--images", str(tmp_path), "--out", str(tmp_path), "--vae", "x"])
     error = capsys.readouterr().err
     assert code == 2 and error.count("\n") == 1 and "pip install diffusers" in error

@@ -1,6 +1,7 @@
 """Two processes do what one does. Starting processes costs seconds, so ONE torchrun launch runs all
 jobs of this file, one after the other: this file itself is the program that it starts."""
 
+import contextlib
 import functools
 import json
 import os
@@ -17,6 +18,7 @@ if __name__ == "__main__":                              # started by torchrun: c
 import numpy as np
 import pytest
 import torch
+import torch.distributed.run as torchrun
 from conftest import ROOT, wake
 
 import data
@@ -31,6 +33,7 @@ MODELS = {                  # settings that make the model's own losses do somet
     "dit": [], "dtr": [], "ditmoe": ["alpha=0.1", "experts=4"],
     "racedit": ["pool=global", "sim=0.1", "experts=4"],
     "dydit": ["hold=0", "ramp=2", "complete=2", "head_bias=1", "channel_bias=1", "token_bias=1"]}
+WATCHED = ("dit-ddp", "dit-fsdp", "accum-ddp", "accum-fsdp")       # what they send is counted
 COMMON = ("--tiny --steps 5 --batch 8 --lr 1e-3 --warmup 0 --cooldown 0 --log-every 1 "
           "--sample-every 0 --device cpu --amp off").split()
 
@@ -105,8 +108,12 @@ def work(top):
     race(top), switches(top)
     for name, argv in jobs(top).items():
         program = sample.cli if argv[rank][0] == "sample" else train_module.cli
-        code = program([str(a) for a in argv[rank] if a != "sample"])
+        with torch.profiler.profile() if name in WATCHED else contextlib.nullcontext() as seen:
+            code = program([str(a) for a in argv[rank] if a != "sample"])
         (top / f"{name}-{rank}.code").write_text(str(code))
+        if seen:
+            sent = {e.key: e.count for e in seen.key_averages() if e.key.startswith("gloo:")}
+            (top / f"{name}-{rank}.sent").write_text(json.dumps(sent))
 
 
 def one(out, model, *options):
@@ -178,6 +185,24 @@ def test_accumulated_gradients_of_two_processes_are_those_of_one(top, tmp_path):
     one(tmp_path, "dit")
     agree(lines(top / "accum-fsdp"), lines(tmp_path))
     agree(lines(top / "accum-ddp", "previous_metrics.jsonl"), lines(tmp_path))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_accumulation_sends_gradients_once_a_step(top, engine):
+    one, two = (json.loads((top / f"{name}-{engine}-0.sent").read_text()) for name in ("dit", "accum"))
+    assert two["gloo:all_reduce"] == one["gloo:all_reduce"] >= 5        # reduce_scatter is one, too
+
+
+def test_torchrun_takes_the_lines_of_the_readme(monkeypatch):
+    """It reads abbreviations of its own options even behind the program's name: --n was one."""
+    monkeypatch.setenv("RANK", "0")
+    programs = {"train.py": train_module, "sample.py": sample}
+    lines = [line for line in (ROOT / "README.md").read_text().splitlines()
+             if line.startswith("torchrun ")]
+    for line in lines:
+        args = torchrun.get_args_parser().parse_args(line.split()[1:])
+        programs[args.training_script].parse_args(args.training_script_args)
+    assert len(lines) >= 2
 
 
 def test_a_run_goes_on_with_another_number_of_processes(top, tmp_path):

@@ -93,16 +93,24 @@ def test_what_the_command_line_asks_for_reaches_the_sampler(tmp_path, capsys):
 
 
 def test_a_vae_decodes_what_released_weights_make(tmp_path, capsys, monkeypatch):
+    seen = []
+
     class Vae:
         config = argparse.Namespace(scaling_factor=0.5)
 
         def decode(z):
+            seen.append(z)
             return argparse.Namespace(sample=z[:, :3].repeat_interleave(8, 2).repeat_interleave(8, 3))
     monkeypatch.setattr(data, "load_vae", lambda name, device: Vae)
     torch.save(golden("dit")[1], tmp_path / "dit.pt")
-    run(capsys, "--official", "dit", tmp_path / "dit.pt", "--set", "heads=4", "--n", 2, "--steps", 2,
-        "--vae", "any", "--npz", tmp_path / "s.npz")
+    options = ["--official", "dit", tmp_path / "dit.pt", "--set", "heads=4", "--n", 2, "--steps", 2]
+    run(capsys, *options, "--vae", "any", "--npz", tmp_path / "s.npz")
     assert pictures(tmp_path / "s.npz")[0].shape == (2, 64, 64, 3)
+    model = importlib.import_module("dit").from_official(golden("dit")[1], heads=4).eval()
+    latents = sample.generate(model, diffusion.DDPM(), torch.arange(2), steps=2, cfg=1.5, channels=3)
+    assert torch.allclose(seen[0], 2 * latents)             # the VAE's own scale is taken off again
+    Vae.config.shift_factor = 0.1                                       # Stable Diffusion 3 has one
+    assert "shifts its latents" in refused(capsys, *options, "--vae", "any")
 
 
 class Evil:
@@ -194,6 +202,7 @@ def test_fidelity_hands_both_sets_to_the_library(tmp_path, capsys, monkeypatch):
     x = np.random.default_rng(0).integers(0, 256, (2, 5, 8, 8, 3), dtype=np.uint8)
     for name, some in zip(("s", "ref"), x):
         sample.write_npz(tmp_path / f"{name}.npz", lambda: iter([some]), torch.arange(5))
+    np.savez(tmp_path / "ref.npz", arr_0=x[1], mu=np.zeros(3))          # as ADM's: without labels
     argv = [str(tmp_path / "s.npz"), "--fidelity", str(tmp_path / "ref.npz")]
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)            # as if not installed
     assert metrics.main(argv) == 2 and "pip install torch-fidelity" in capsys.readouterr().err
