@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import DataError, load as load_data
+from data import DataError, find_device, load as load_data
 from experiments import features as judges
 
 
@@ -307,6 +307,7 @@ def main(argv=None):
             raise DataError(f"{args.file}: no such file")
         if args.n <= 3:
             raise DataError(f"--n {args.n}: needs more than 3 samples")
+        find_device(args)                       # or an error that says which one is missing
         result = by_fidelity(args) if args.fidelity else by_judge(args)
         if args.json:
             part = Path(f"{args.json}.part")

@@ -216,6 +216,6 @@ def test_fidelity_hands_both_sets_to_the_library(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity",
                         types.SimpleNamespace(calculate_metrics=calculate_metrics))
     assert metrics.main(argv) == 0 and "12.5000" in capsys.readouterr().out
-    for bad in (["nowhere.npz"], ["ref.npz", "--data", "digits"]):
+    for bad in (["nowhere.npz"], ["ref.npz", "--data", "digits"], ["ref.npz", "--device", "tpu"]):
         assert metrics.main([argv[0], "--fidelity", *bad]) == 2
         assert capsys.readouterr().err.count("\n") == 1
