@@ -122,6 +122,8 @@ class Router(nn.Module):
 
     In float32 (or float64) whatever the model computes in: in bf16 many probabilities would tie."""
 
+    full_precision = True                   # sharded training must not round these weights
+
     def __init__(self, cfg):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(cfg.experts, cfg.dim))

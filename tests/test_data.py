@@ -579,6 +579,17 @@ def test_an_interrupted_encode_goes_on_where_it_was(tmp_path):
         data.encode(tmp_path / "in", tmp_path / "out", TinyVAE(), "other", size=16)
 
 
+def test_the_progress_of_encode_never_runs_ahead_of_the_disk(tmp_path, monkeypatch):
+    stepped(tmp_path / "in")
+    order, write = [], data.write_whole
+    monkeypatch.setattr(np.memmap, "flush", lambda array: order.append("latents"))
+    monkeypatch.setattr(data, "write_whole", lambda path, raw: order.append(path.stem) or
+                        write(path, raw))
+    data.encode(tmp_path / "in", tmp_path / "out", TinyVAE(), "tiny", size=16, batch=4, every=-1)
+    counts = [i for i, what in enumerate(order) if what == "progress-0"]
+    assert len(counts) == 5 and all(order[i - 1] == "latents" for i in counts)
+
+
 def test_several_encoders_share_the_work_and_collide_nowhere(tmp_path):
     stepped(tmp_path / "in")
     todo = dict(name="tiny", size=16, batch=2, world=3)

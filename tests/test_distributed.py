@@ -3,6 +3,7 @@ jobs of this file, one after the other: this file itself is the program that it 
 
 import contextlib
 import functools
+import importlib
 import json
 import os
 import pickle
@@ -26,6 +27,7 @@ import dydit
 import racedit
 import sample
 import train as train_module
+from diffusion import RectifiedFlow
 
 load_once = functools.cache(data.load)                  # rendering 20,000 digits takes a second
 
@@ -86,16 +88,29 @@ def race(top=None):
     return seen
 
 
-def switches(top):
-    """Which weights a sharded DyDiT decides with, under bf16."""
-    cfg = dydit.Config(size=8, patch=2, dim=32, depth=1, heads=2)
-    model, decide, seen = dydit.Model(cfg), dydit.decide, []
-    train_module.shard(model, torch.device("cpu"), "bf16")
-    dydit.decide = lambda x, w, b: (seen.append(w.dtype), decide(x, w, b))[1]
-    with torch.autocast("cpu", torch.bfloat16):
-        model(torch.randn(4, 4, 8, 8), torch.rand(4), torch.arange(4))
-    dydit.decide = decide
-    (top / f"switches-{os.environ['RANK']}").write_text(f"{len(seen)} {set(seen)}")
+def precision(top):
+    """Under FSDP and bf16: in which type do weights arrive where they are used, and time?"""
+    found = {}
+    for name in MODELS:
+        args = train_module.parse_args(command(top / "none", name, "--fsdp", "--amp", "bf16"))
+        module, path = importlib.import_module(name), RectifiedFlow()
+        cfg = train_module.make_config(args, module, path, None, None)
+        model, _ = train_module.make_models(args, module, cfg, None, torch.device("cpu"))
+        seen = found[name] = {"router": set(), "attention": set(), "t": set(),
+                              "kept": {str(p.dtype) for p in model.parameters()}}
+
+        def look(m, inputs):
+            kind = ("router" if type(m).__name__.endswith("Router") else
+                    "attention" if hasattr(m, "qkv") else None)
+            if kind:
+                seen[kind] |= {str(p.dtype) for p in m.parameters()}
+            if type(m).__name__ == "TimestepEmbedder":
+                seen["t"].add(str(inputs[0].dtype))
+        for m in model.modules():
+            m.register_forward_pre_hook(look)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.randn(2, cfg.channels, cfg.size, cfg.size), torch.rand(2), torch.arange(2))
+    (top / "precision").write_text(json.dumps(found, default=list))
 
 
 def work(top):
@@ -105,12 +120,17 @@ def work(top):
     (top / f"pid-{rank}").write_text(str(os.getpid()))
     torch.distributed.init_process_group("gloo")
     train_module.load_data = load_once
-    race(top), switches(top)
+    race(top)
+    precision(top)
+    draws, walk = [], sample.walk
+    sample.walk = lambda *a, **k: draws.append(a) or walk(*a, **k)
     for name, argv in jobs(top).items():
         program = sample.cli if argv[rank][0] == "sample" else train_module.cli
         with torch.profiler.profile() if name in WATCHED else contextlib.nullcontext() as seen:
             code = program([str(a) for a in argv[rank] if a != "sample"])
         (top / f"{name}-{rank}.code").write_text(str(code))
+        (top / f"{name}-{rank}.draws").write_text(str(len(draws)))
+        draws.clear()
         if seen:
             sent = {e.key: e.count for e in seen.key_averages() if e.key.startswith("gloo:")}
             (top / f"{name}-{rank}.sent").write_text(json.dumps(sent))
@@ -193,6 +213,13 @@ def test_accumulation_sends_gradients_once_a_step(top, engine):
     assert two["gloo:all_reduce"] == one["gloo:all_reduce"] >= 5        # reduce_scatter is one, too
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_sharded_weights_travel_in_bf16_but_a_router_s_and_the_time_do_not(top, model):
+    seen = json.loads((top / "precision").read_text())[model]
+    assert seen["attention"] == ["torch.bfloat16"] and seen["t"] == seen["kept"] == ["torch.float32"]
+    assert seen["router"] == ["torch.float32"] * (model not in ("dit", "dtr"))
+
+
 def test_torchrun_takes_the_lines_of_the_readme(monkeypatch):
     """It reads abbreviations of its own options even behind the program's name: --n was one."""
     monkeypatch.setenv("RANK", "0")
@@ -221,10 +248,9 @@ def test_ant_uw_learns_the_same_weights_on_two_processes_and_after_a_restart(top
     assert torch.allclose(two, alone, atol=1e-5) and alone.abs().min() > 0.05
 
 
-def test_a_sharded_dydit_decides_in_float32_and_draws_without_slicing(top):
-    """Two routers of width, two layers of one of tokens; and of a shard no rows can be cut."""
+def test_a_sharded_dydit_draws_without_slicing(top):
+    """Of a shard no rows can be cut."""
     for rank in "01":
-        assert (top / f"switches-{rank}").read_text() == "4 {torch.float32}"
         assert (top / f"one-then-two-{rank}.code").read_text() == "0"
     assert (top / "one-then-two/samples/step_0000005.png").exists()
 
@@ -284,6 +310,8 @@ def test_two_processes_draw_the_pictures_of_one_to_the_bit(top, tmp_path):
         assert all(np.array_equal(two[k], alone[k]) for k in ("arr_0", "arr_1"))
         assert len(np.unique(alone["arr_0"], axis=0)) == 7
     assert (top / "grid.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
+    for name in ("grid", "npz"):                        # four batches: two each
+        assert [(top / f"{name}-{rank}.draws").read_text() for rank in range(2)] == ["2", "2"]
 
 
 @pytest.mark.parametrize("name, word", [("refused", "nowhere"), ("cannot-save", "last.pt")])

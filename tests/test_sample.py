@@ -180,6 +180,10 @@ def test_another_checkpoint_is_not_mixed_in(tmp_path, capsys, official):
     folder = sample.parts_of(tmp_path / "s.npz")
     args = sample.parse_args([str(a) for a in [*official, "--npz", tmp_path / "s.npz"]])
     sample.begin_parts(args, folder, {}, [0])
+    for name, value in dict(weights="raw", vae="any", classes=[1], set=["heads=2"]).items():
+        other = argparse.Namespace(**vars(args) | {name: value})
+        with pytest.raises(sample.Refusal, match=f"another {name}"):
+            sample.begin_parts(other, folder, {}, [0])
     state = golden("dit")[1]
     torch.save(state | {"pos_embed": state["pos_embed"] + 1}, tmp_path / "dit.pt")
     with pytest.raises(sample.Refusal, match="checkpoint"):

@@ -115,7 +115,9 @@ def test_a_plan_divides_by_the_number_of_gpus_what_fsdp_divides():
         assert 1 <= 8 * eight["FSDP"][what] / one["FSDP"][what] < 1.2       # padding
     model = importlib.import_module("ditmoe").Model(small("ditmoe"))
     total = sum(p.numel() for p in model.parameters())
-    assert one["DDP"]["weights"] == 4 * total and one["DDP"]["ema"] == 4 * total
+    assert one["DDP"]["weights"] == 4 * total and one["DDP"]["ema"] == 4 * total    # float32
+    learned = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert one["DDP"]["gradients"] == learned and one["DDP"]["optimizer"] == 2 * learned
     for plans in (one, eight):
         assert plans["DDP --checkpointing"]["activations"] < 0.7 * plans["DDP"]["activations"]
         assert plans["FSDP"]["copies"] < plans["DDP"]["copies"] * 2 and plans["DDP"]["copies"] > 0
@@ -147,6 +149,12 @@ def test_the_largest_model_is_planned_in_no_time_and_no_memory():
                               "--dry-run".split())
     assert "parameters 16,503,717,152 total" in text and "FSDP --checkpointing" in text
     assert seconds < 60 and peak < 2e9
+
+
+def test_a_plan_is_for_the_pictures_that_one_gpu_holds_at_a_time(capsys):
+    words = "--model dit --tiny --dry-run --batch 64 --world 2 --accum 4 --amp off".split()
+    assert train_module.cli(words) == 0
+    assert "2 x 8 pictures, float32" in capsys.readouterr().out
 
 
 def test_a_world_is_only_planned():

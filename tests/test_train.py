@@ -2,12 +2,14 @@
 
 import contextlib
 import functools
+import gc
 import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from conftest import ROOT
 from PIL import Image
 
 import data
+import dit
 import sample
 import train as train_module
 
@@ -100,6 +103,23 @@ def test_stopping_and_resuming_changes_no_bit(runs, tmp_path):
         assert all(torch.equal(a[weights][k], b[weights][k]) for k in a[weights])
 
 
+def test_a_checkpoint_that_was_read_does_not_stay_in_memory(tmp_path, monkeypatch):
+    train(tmp_path / "dit", model="dit", steps=1)
+    read, kept, alive = train_module.read_checkpoint, [], []
+
+    def watched(*a, **k):
+        content = read(*a, **k)
+        moments = content["optimizer"]["state"]["x_embedder.proj.weight"]
+        kept.extend(map(weakref.ref, (content["ema"]["x_embedder.proj.weight"], moments["exp_avg"])))
+        return content
+    monkeypatch.setattr(train_module, "read_checkpoint", watched)
+    monkeypatch.setattr(train_module, "save", lambda *a: [
+        gc.collect(), alive.extend(ref() for ref in kept)])
+    train(tmp_path / "dit", "--resume", model="dit", steps=2)
+    train(tmp_path / "dtr", "--init", tmp_path / "dit/last.pt", model="dtr", steps=1)
+    assert len(alive) == 6 and not any(torch.is_tensor(one) for one in alive)
+
+
 def test_a_killed_run_resumes_to_the_same_last_bit(tmp_path):
     common = ["--model", "dit", "--tiny", *FAST, "--steps", 12, "--save-every", 3]
     run("train.py", *common, "--out", tmp_path / "whole")
@@ -130,6 +150,26 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
     one, four = (numbers(tmp_path / name) for name in ("one", "four"))
     assert all(abs(a["loss"] - b["loss"]) < 1e-5 for a, b in zip(one, four))
     assert all(abs(a["grad_norm"] - b["grad_norm"]) < 1e-4 for a, b in zip(one, four))
+
+
+@pytest.mark.parametrize("drop, low, high", [(0, 0, 0), (1, 1, 1), (0.3, 0.2, 0.4)])
+def test_a_share_of_the_labels_is_hidden(drop, low, high):
+    args = train_module.parse_args(["--model", "dit", "--tiny", "--batch", "500", "--drop", str(drop)])
+    cfg, every = dit.Config(classes=10), load_once("digits")
+    (_, y, _), = train_module.get_batches(args, every, cfg, 0, 1, 0)
+    assert low <= (y == 10).float().mean() <= high
+
+
+def test_a_file_gets_its_name_when_it_is_on_the_disk(tmp_path, monkeypatch):
+    """Or a power cut may leave a name with nothing behind it. (os is one module for all three.)"""
+    done = []
+    monkeypatch.setattr(os, "fsync", lambda f: done.append("fsync"))
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: done.append("replace") or replace(a, b))
+    train_module.write_checkpoint(tmp_path / "a", {})
+    sample.write_whole(tmp_path / "b", lambda f: f.write(b"b"))
+    data.write_whole(tmp_path / "c", b"c")
+    assert done == ["fsync", "replace"] * 3
 
 
 def test_checkpointing_changes_nothing_but_memory(runs, tmp_path):
