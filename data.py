@@ -584,7 +584,7 @@ def native(main, part, latent_kind):
     variants = array.shape[1] if array.ndim == 5 else 1
 
     def read(rows):
-        mapped = read_array(path, mmap="r")     # anew: what was read is resident until unmapped
+        mapped = read_array(path)               # anew: what was read is resident until unmapped
         some = moments(path, mapped[rows], kind)                # (n, [V,] M, C, S, S)
         return some.reshape(len(rows), variants, *some.shape[-4:])
 

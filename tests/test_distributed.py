@@ -23,7 +23,6 @@ import torch.distributed.run as torchrun
 from conftest import ROOT, wake
 
 import data
-import dydit
 import racedit
 import sample
 import train as train_module
