@@ -60,6 +60,7 @@ NAMED = ["digits", "mnist", "fashion-mnist", "cifar10"]
 LAYOUTS = ["native", "fast-dit", "edm2", "mar"]             # values of --latent-kind, with the next
 MOMENTS = ["samples", "mean-std", "mean-logvar"]            # what one latent array holds
 LIMIT = 1 << 30                                             # bytes that one file may unpack to
+MOST = 1_000_000                                            # classes
 warnings.simplefilter("error", Image.DecompressionBombWarning)
 
 
@@ -157,7 +158,7 @@ def load(source="digits", split="train", latent_kind=None, size=None):
 
 def fixed(size, data):
     if size not in (None, data.size):
-        raise DataError(f"{data.source}: is {data.size}x{data.size}; --size is for image folders")
+        raise DataError(f"{data.source}: is {data.size}x{data.size}; --image-size is for image folders")
     return data
 
 
@@ -343,8 +344,8 @@ def checked_labels(path, labels, classes=None):
         raise DataError(f"{path}: labels must be one row of integers, not {labels.dtype}"
                         f" {labels.shape}")
     low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= (classes or high + 1):
-        raise DataError(f"{path}: labels from {low} to {high}, for {classes or high + 1} classes")
+    if low < 0 or high >= (classes or MOST):
+        raise DataError(f"{path}: labels from {low} to {high}, for {classes or MOST} classes")
     return torch.from_numpy(labels.astype(np.int64))
 
 
@@ -352,17 +353,40 @@ def checked_labels(path, labels, classes=None):
 
 CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
 PICKLED = {("numpy.core.multiarray", "_reconstruct"), ("numpy._core.multiarray", "_reconstruct"),
-           ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+           ("numpy", "ndarray"), ("numpy", "dtype"),
            ("numpy.core.numeric", "_frombuffer"), ("numpy._core.numeric", "_frombuffer")}
 
 
-class ArraysOnly(pickle.Unpickler):
-    """A pickle may call any function of Python; this one admits what rebuilds a NumPy array."""
+class Told:
+    """What a pickle tells about an array: kept, not done."""
+
+    def __init__(self, *told):
+        self.told, self.state = told, ()
+
+    def __setstate__(self, state):
+        self.state = state
+
+
+class ArraysOnly(pickle._Unpickler):
+    """A pickle may call any function of Python. This one calls nothing, not even NumPy: its arrays
+    of objects would take the bytes of the file for addresses. And Python's own unpickler, since
+    C's makes room for whatever a file claims."""
 
     def find_class(self, module, name):
+        if (module, name) == ("_codecs", "encode"):         # bytes, in protocol 2
+            return lambda text, _: text.encode("latin1")
         if (module, name) not in PICKLED:
             raise pickle.UnpicklingError(f"asks for {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        return Told
+
+
+def told_array(it):
+    """What is told, as an array of integers."""
+    _, shape, kind, fortran, raw = it.state or (1, it.told[2], it.told[1], it.told[3] == "F", it.told[0])
+    name, order = (v.decode() if isinstance(v, bytes) else v for v in (kind.told[0], kind.state[1]))
+    if name not in ("u1", "i4", "i8") or order not in ("|", "<", ">"):
+        raise ValueError("no integers")
+    return np.frombuffer(raw, order + name).reshape(shape, order="F" if fortran else "C")
 
 
 def find_cifar10():
@@ -377,6 +401,8 @@ def find_cifar10():
 def read_cifar10(path):
     """One batch file -> pictures (N, 3072) uint8, labels (N,)."""
     try:
+        if path.exists() and not path.is_file():
+            raise DataError(f"{path}: no regular file")     # to open a pipe would wait for ever
         with open(path, "rb") as file:
             raw = file.read(LIMIT)
     except OSError as error:
@@ -389,11 +415,15 @@ def read_cifar10(path):
     try:
         table = ArraysOnly(io.BytesIO(raw), encoding="bytes").load()
         table = {key.decode() if isinstance(key, bytes) else key: table[key] for key in table}
-        pictures, labels = table["data"], np.array(table["labels"])
+        pictures, labels = told_array(table["data"]), table["labels"]
+        if not isinstance(labels, list):
+            labels = told_array(labels)
+        elif not all(type(label) is int for label in labels):
+            raise ValueError("labels are no integers")
+        labels = np.array(labels)
     except Exception as error:                  # a broken pickle can raise anything
         raise DataError(f"{path}: is no CIFAR-10 batch ({error})") from None
-    if not (isinstance(pictures, np.ndarray) and pictures.dtype == np.uint8
-            and pictures.shape == (len(labels), 3072) and pictures.nbytes <= len(raw)):
+    if pictures.dtype != np.uint8 or pictures.shape != (len(labels), 3072):
         raise DataError(f"{path}: pictures must be uint8 (N, 3072), one label each")
     return pictures, labels
 
@@ -502,8 +532,8 @@ def read_array(path, key=None):
             raise DataError("no regular file")  # to open a pipe would wait for ever
         if key is not None:
             with zipfile.ZipFile(path) as z:
-                if sum(entry.file_size for entry in z.infolist()) > LIMIT:
-                    raise DataError(f"unpacks to more than {LIMIT:,} bytes")
+                if sum(entry.file_size for entry in z.infolist()) > LIMIT >> 4:     # 8 at a time
+                    raise DataError(f"unpacks to more than {LIMIT >> 4:,} bytes")
         with HEADERS:
             found = np.load(path, mmap_mode="r", allow_pickle=False)
             if key is not None:
@@ -518,6 +548,8 @@ def read_array(path, key=None):
 
 def read_json(path):
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("no regular file")             # to open a pipe would wait for ever
         return json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read ({error})") from None
@@ -565,7 +597,7 @@ def native(main, part, latent_kind):
         raise DataError(f"{part / 'meta.json'}: must be a table")
     kind = latent_kind if latent_kind in MOMENTS else meta.get("kind")
     scale = meta.get("scale")
-    if kind not in MOMENTS or not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+    if kind not in MOMENTS or type(scale) not in (int, float) or not 0 < scale <= 1e30:
         raise DataError(f"{part / 'meta.json'}: needs kind ({', '.join(MOMENTS)}) and scale")
     path = part / "latents.npy"
     array = read_array(path)
@@ -573,7 +605,7 @@ def native(main, part, latent_kind):
         raise DataError(f"{path}: must be (N, C, S, S) or (N, 2, C, S, S), not {array.shape}")
     names, classes = meta.get("names") or [], meta.get("classes") or 0
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)
-            and type(classes) is int and 0 <= classes <= 1_000_000):
+            and type(classes) is int and 0 <= classes <= MOST):
         raise DataError(f"{part / 'meta.json'}: classes must be a number, names a list of words")
     names = names or [str(i) for i in range(classes)]
     labels = checked_labels(part / "labels.npy", read_array(part / "labels.npy"), len(names))
@@ -624,6 +656,8 @@ def edm2(main, part, latent_kind):
     paths = [part / str(name) for name, _ in table]
     if any(path.suffix != ".npy" or ".." in path.parts for path in paths):
         raise DataError(f"{part / 'dataset.json'}: must list .npy latents below this folder")
+    if not all(type(label) is int and 0 <= label < MOST for _, label in table):
+        raise DataError(f"{part / 'dataset.json'}: labels must be integers from 0 to {MOST - 1}")
     labels = checked_labels(part / "dataset.json", [label for _, label in table])
     kind = latent_kind if latent_kind in MOMENTS else None
     if kind is None and not all("mean-std" in path.name for path in paths):
@@ -816,6 +850,7 @@ def plan(out, order, shape, rank, wait=600):
         time.sleep(0.2)
     begun = read_json(path)
     if begun != order:
+        begun = begun if isinstance(begun, dict) else {}
         differs = [key for key in order if begun.get(key) != order[key]]
         raise DataError(f"{out}: was begun with another {', '.join(differs)}; finish it as it was "
                         f"begun or choose another --out")
@@ -850,7 +885,7 @@ def encode(images, out, vae, name, size=256, batch=16, device="cpu", rank=0, wor
     grey = np.zeros((size, size, 3), np.uint8)
     array = plan(out, order, (len(paths), *moments_of(vae, [grey], device).shape[1:]), rank)
     progress, mine = out / f"progress-{rank}.json", range(rank, len(paths), world)
-    done = read_json(progress)["done"] if progress.exists() else 0
+    done = told_done(progress)
     first, began, saved = done, time.time(), time.time()
 
     def keep():
@@ -875,9 +910,17 @@ def encode(images, out, vae, name, size=256, batch=16, device="cpu", rank=0, wor
         pool.shutdown(cancel_futures=True)
         keep()
     counts = [out / f"progress-{i}.json" for i in range(world)]
-    if sum(read_json(path)["done"] for path in counts if path.exists()) == len(paths):
+    if sum(told_done(path) for path in counts) == len(paths):
         finish(out, labels, {"kind": "mean-std", "scale": vae_scale(vae), "classes": len(names),
                              "names": names, "vae": name, "size": size})
+
+
+def told_done(path):
+    """How many pictures a process has encoded, by its progress file."""
+    table = read_json(path) if path.exists() else {"done": 0}
+    if not isinstance(table, dict) or type(table.get("done")) is not int or table["done"] < 0:
+        raise DataError(f"{path}: does not say how far it was; delete it")
+    return table["done"]
 
 
 def finish(out, labels, meta):

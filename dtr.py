@@ -80,9 +80,9 @@ SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, hea
 def task_table(cfg):
     """Who reads what: the first channel of every window (T,), or masks (1 or N, T, D) bool."""
     if cfg.route not in ("window", "random", "given") or not (
-            1 <= cfg.beta * cfg.dim <= cfg.dim and cfg.alpha > 0 and cfg.tasks > 0):
+            1 <= cfg.beta * cfg.dim <= cfg.dim and cfg.alpha > 0 and 0 < cfg.tasks <= 10_000):
         raise ValueError(f"route {cfg.route}: window, random, given; beta {cfg.beta}: 1/dim to 1; "
-                         f"alpha {cfg.alpha}, tasks {cfg.tasks}: above 0")
+                         f"alpha {cfg.alpha}: above 0; tasks {cfg.tasks}: 1 to 10,000")
     read = int(cfg.beta * cfg.dim)                              # C_beta, channels that a task reads
     if cfg.route == "window":
         noise = torch.linspace(0, 1, cfg.tasks, dtype=torch.float64)            # t / (T - 1)

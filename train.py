@@ -250,18 +250,26 @@ def make_config(args, module, path, data, before):
     if before:
         keep = known if before["name"] == args.model else SHARED
         cfg = replace(cfg, **{k: v for k, v in before["config"].items() if k in keep})
-    cfg = replace(cfg, **{k: v for k, v in (parse_setting(s, known) for s in args.set)})
-    for name in ("size", "channels", "classes"):
-        ours, theirs = getattr(cfg, name), getattr(data, name, None)
-        if data and ours != theirs and not (name == "classes" and ours == 0):   # 0: without labels
-            raise Refusal(f"{name} of {data.source} is {theirs}, but the model's is {ours}")
+    given = dict(parse_setting(s, known) for s in args.set)
+    cfg = replace(cfg, **given)
+    for name in ("size", "channels", "classes") if data else ():
+        ours, theirs = getattr(cfg, name), getattr(data, name)
+        if ours != theirs and not (name == "classes" and ours == 0):        # 0: without labels
+            who = "--set says" if name in given else "the checkpoint was trained with"
+            raise Refusal(f"{name} of {data.source} is {theirs}, but {who} {ours}")
+    check_sizes(cfg)
+    return cfg
+
+
+def check_sizes(cfg):
     for whole, part in (("dim", "heads"), ("size", "patch")):
         a, b = getattr(cfg, whole), getattr(cfg, part)
-        if b < 1 or a % b:
+        if b < 1 or a < 1 or a % b:
             raise Refusal(f"{whole} {a} cannot be cut into {part} {b}")
-    if cfg.dim % 4 or cfg.depth < 1:
-        raise Refusal(f"dim {cfg.dim} must be a multiple of 4 and depth {cfg.depth} at least 1")
-    return cfg
+    if cfg.dim % 4 or not 1 <= cfg.depth <= 1000:
+        raise Refusal(f"dim {cfg.dim} must be a multiple of 4, depth {cfg.depth} from 1 to 1000")
+    if cfg.channels < 1 or cfg.classes < 0:
+        raise Refusal(f"channels {cfg.channels} must be 1 or more, classes {cfg.classes} 0 or more")
 
 
 def parse_setting(text, known):
@@ -300,7 +308,9 @@ def make_models(args, module, cfg, dense, device):
 
 
 def load_exactly(model, state, args):
-    wrong = set(state) ^ set(model.state_dict())
+    mine = model.state_dict()
+    wrong = [k for k in mine.keys() | state.keys() if
+             k not in mine or k not in state or mine[k].shape != state[k].shape]
     if wrong:
         raise Refusal(f"--init {args.init}: {args.model} cannot start from it ({sorted(wrong)[0]} "
                       f"and {len(wrong) - 1} more tensors do not match)")
@@ -565,6 +575,8 @@ def read_checkpoint(file, whole=True):
         raise Refusal(f"{file}: no such file")
     try:
         content = load_stranger(file)
+        if not isinstance(content, dict):
+            raise Damaged("no table")
         if content["format"] != FORMAT:
             raise Damaged(f"format {int(content['format'])}, not {FORMAT}")
         check_content(content, file)
@@ -575,8 +587,7 @@ def read_checkpoint(file, whole=True):
             for key in ("model", "ema"):
                 content[key] = module.Model(module.Config(**content["config"])).state_dict()
             weights = {key: content[key] for key in ("model", "ema")}
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with quiet():
                 reader = Shards(file.parent, content["shards"])
                 dcp.load(weights, storage_reader=reader, no_dist=True)
         elif "shards" not in content:
@@ -586,8 +597,8 @@ def read_checkpoint(file, whole=True):
         raise Refusal(f"{e.filename or file}: no such file") from None
     except Exception as e:                          # a damaged file raises a dozen different errors
         code = re.search(r"GLOBAL ([\w.]+)", str(e))
-        why = (str(e) if isinstance(e, Damaged) else f"it holds {code[1]}, which could run code"
-               if code else type(e).__name__)
+        why = (str(e) if isinstance(e, (Damaged, Refusal)) else
+               f"it holds {code[1]}, which could run code" if code else type(e).__name__)
         raise Refusal(f"{file} is not a checkpoint of train.py, or damaged ({why})") from None
     return content
 
@@ -606,16 +617,21 @@ def load_stranger(file, ours=True):
         raise Damaged("no regular file")
     size, zipped = file.stat().st_size, ours or zipfile.is_zipfile(file)
     if zipped:                                      # a few old official files are not
-        with zipfile.ZipFile(file) as z:
-            entries = z.infolist()
-            if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > size:
-                raise Damaged("larger inside than outside")
-            if z.testzip():
-                raise Damaged("wrong checksum")
-    content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped and not ours)
+        check_zip(file, size)
+    with quiet():                                   # of kinds of tensors that are refused below
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped and not ours)
     if sum(t.numel() * t.element_size() for t in tensors_in(content)) > size:
         raise Damaged("larger inside than outside")
     return content
+
+
+def check_zip(file, size):
+    with zipfile.ZipFile(file) as z:
+        entries = z.infolist()
+        if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > size:
+            raise Damaged("larger inside than outside")
+        if z.testzip():
+            raise Damaged("wrong checksum")
 
 
 def tensors_in(content):
@@ -636,9 +652,19 @@ DATA_KINDS = dict(source=str, names=list, latent=bool, latent_kind=(str, type(No
                   size=(int, type(None)))
 
 
+@contextlib.contextmanager
+def quiet():
+    """torch warns where we refuse, or mean it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@quiet()
 def check_content(content, file):
-    """Everything that later code relies on. The model is built on the meta device first: a config
-    of a million layers, or one that does not fit the tensors, must not allocate anything."""
+    """Everything that later code relies on. The model is built on the meta device first, and only
+    if the file holds as many weights as such a model has at the least: a config of a million
+    experts, or one that does not fit the tensors, must not allocate anything."""
     for table, kinds in ((content, KINDS), (content["data"], DATA_KINDS)):
         for k, kind in kinds.items():
             if k in table and not isinstance(table[k], kind):
@@ -647,8 +673,12 @@ def check_content(content, file):
         raise Damaged("unknown model")
     if not content["data"]["source"].isprintable() or content.get("step", 0) < 0:
         raise Damaged("step or source")
-    if any(not torch.is_tensor(v) or v.ndim for v in content.get("sums", {}).values()):
-        raise Damaged("sums are no numbers")
+    for k, v in content.get("sums", {}).items():
+        if type(k) is not str or is_like(v) not in NUMBER or not v.isfinite():
+            raise Damaged("sums are no numbers")
+    if any(k not in RECIPE or type(v) not in (int, float) for k, v in content.get(
+            "recipe", {}).items()):
+        raise Damaged("recipe")
     module = importlib.import_module(content["name"])
     known = {f.name: type(f.default) for f in fields(module.Config)}
     for k, v in content["config"].items():
@@ -658,27 +688,39 @@ def check_content(content, file):
         if kind in (int, float) and not abs(v) <= 1e7:
             raise Damaged(f"config: {k} is out of range")
     cfg = module.Config(**content["config"])
-    if not 0 < cfg.depth <= 1000:
-        raise Damaged(f"config: depth is {cfg.depth}")
+    check_sizes(cfg)
     options = content["path"]["options"]
     if any(type(v) not in (str, int, float) for v in options.values()) or not (
-            options.get("clusters", 1) <= DDPM.T):
+            options.get("clusters", 1) in range(1, DDPM.T + 1)
+            and 0 <= options.get("gamma", 0) < math.inf):
         raise Damaged("path: options")
     PATHS[content["path"]["kind"]](**options)
+    shards = file.parent / Path(content["shards"]).name if "shards" in content else None
+    there = sum(part.stat().st_size for part in shards.iterdir()) if shards else \
+        sum(t.numel() for t in tensors_in(content["model"]))
+    if there < ((cfg.size // cfg.patch)**2 + cfg.classes) * cfg.dim + cfg.depth * (
+            10 * cfg.dim**2 + getattr(cfg, "experts", 0)):
+        raise Damaged("config says more weights than there are")
     with torch.device("meta"):
-        shapes = {k: v.shape for k, v in module.Model(cfg).state_dict().items()}
-    if "shards" in content:                         # their own table says where each tensor lies
-        folder = file.parent / Path(content["shards"]).name
-        if sum(s.numel() for s in shapes.values()) > sum(
-                part.stat().st_size for part in folder.iterdir()):
+        fits = module.Model(cfg).state_dict()
+    if shards:                                      # their own table says where each tensor lies
+        if sum(v.numel() for v in fits.values()) > there:
             raise Damaged("config: larger than its shards")
         return
     for weights in ("model", "ema"):
-        for k in shapes.keys() | content[weights].keys():
-            found = getattr(content[weights].get(k), "shape", None)
-            if found != shapes.get(k):
-                raise Damaged(f"{weights}: {str(k)[:80]} has shape {found}, config says "
-                              f"{shapes.get(k)}")
+        for k in fits.keys() | content[weights].keys():
+            found, wanted = is_like(content[weights].get(k)), is_like(fits.get(k), "meta")
+            if found != wanted:
+                raise Damaged(f"{weights}: {str(k)[:80]} is {found}, config says {wanted}")
+
+
+NUMBER = [((), torch.float32), ((), torch.float64)]
+
+
+def is_like(t, device="cpu"):
+    """-> shape and dtype of an ordinary tensor, None of anything else (sparse, quantized, text)."""
+    plain = torch.is_tensor(t) and t.layout is torch.strided and t.device.type == device
+    return (tuple(t.shape), t.dtype) if plain and not t.is_quantized else None
 
 
 def write_shards(args, world, model, ema, optimizer, step):
@@ -690,8 +732,7 @@ def write_shards(args, world, model, ema, optimizer, step):
     state = state_of(model, ema, optimizer)
     groups = state["optimizer"].pop("param_groups")     # plain numbers: into last.pt
     try:
-        with warnings.catch_warnings():             # it warns of a single process
-            warnings.simplefilter("ignore")
+        with quiet():                               # it warns of a single process
             dcp.save(state, checkpoint_id=args.out / name[0])
     except (OSError, CheckpointException) as e:
         raise Refusal(f"cannot write {args.out / name[0]} ({str(e).split(chr(10))[0]}); the last "
@@ -701,7 +742,7 @@ def write_shards(args, world, model, ema, optimizer, step):
 
 def sweep_shards(out):
     """Delete the folders that no checkpoint names."""
-    folders, named = list(out.glob("shards-*")), set()
+    folders, named = list(out.glob(f"shards-{'[0-9]' * 7}-??????")), set()
     for file in (out / "last.pt", out / "previous_last.pt"):
         if folders and file.exists():
             try:
@@ -715,7 +756,8 @@ def sweep_shards(out):
 
 class Shards(FileSystemReader):
     """torch keeps the table of contents of a sharded checkpoint as a pickle, and loads it freely.
-    Here it may hold what such a table is made of, and nothing else."""
+    Here it may hold what such a table is made of, and nothing else; the pieces that it tells of are
+    checked as whole files are. Python's own unpickler: C's makes room for whatever a file claims."""
 
     def __init__(self, out, name):
         super().__init__(out / Path(name).name)
@@ -724,15 +766,24 @@ class Shards(FileSystemReader):
         with open(Path(self.path) / ".metadata", "rb") as f:
             table = self.Table(f).load()
         table.storage_meta.load_id = self.load_id
+        for piece in table.storage_data.values():
+            file = Path(self.path) / Path(piece.relative_path).name
+            if piece.relative_path != file.name or not file.is_file() or piece.length < 0 or (
+                    getattr(piece, "transform_descriptors", None)):
+                raise Damaged(f"{piece.relative_path} is no shard")
+            with open(file, "rb") as f:
+                check_zip(self._slice_file(f, piece), piece.length)
         return table
 
-    class Table(pickle.Unpickler):
+    class Table(pickle._Unpickler):
         ALLOWED = {"Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_StorageInfo",
                    "TensorStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
                    "PosixPath", "WindowsPath", "_get_layout", "Size"}
+        MODULES = {"torch", "torch.serialization", "torch.distributed.checkpoint.metadata",
+                   "torch.distributed.checkpoint.filesystem", "pathlib", "pathlib._local"}
 
         def find_class(self, module, name):
-            if module.split(".")[0] not in ("torch", "pathlib") or not (
+            if module not in self.MODULES or not (
                     name in self.ALLOWED or isinstance(getattr(torch, name, None), torch.dtype)):
                 raise pickle.UnpicklingError(f"{module}.{name}")
             return super().find_class(module, name)
@@ -745,7 +796,7 @@ def lost_disk(file, error):
 def check_same_run(args, saved, module, cfg, path, data):
     """--resume continues a run; it does not turn it into another."""
     theirs = dict(saved["config"], model=saved["name"], data=saved["data"]["source"],
-                  **saved["path"]["options"], **saved["recipe"])
+                  **saved["path"]["options"], **saved.get("recipe", {}))
     ours = dict(asdict(cfg), model=args.model, data=data.source, **path.options,
                 **{k: vars(args)[k] for k in RECIPE})
     for k in theirs:
@@ -753,18 +804,18 @@ def check_same_run(args, saved, module, cfg, path, data):
             raise Refusal(f"--resume: {k} was {theirs[k]}, now {ours[k]}; keep it or change --out")
 
 
+@quiet()
 def restore(args, saved, model, ema, optimizers, path):
+    ours = [[dict(group, params=None) for group in o.param_groups] for o, _ in optimizers]
     state, options = saved, WHOLE
     if "shards" in saved:                           # whatever number of processes wrote them
         state, options = state_of(model, ema, optimizers[0][0]), None
         del state["optimizer"]["param_groups"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                dcp.load(state, storage_reader=Shards(args.out, saved["shards"]))
-            except (OSError, CheckpointException):
-                raise Refusal(f"{args.out / saved['shards']} is damaged") from None
-        state["optimizer"]["param_groups"] = saved["groups"]
+        try:
+            dcp.load(state, storage_reader=Shards(args.out, saved["shards"]))
+            state["optimizer"]["param_groups"] = saved["groups"]
+        except (OSError, CheckpointException, LookupError):
+            raise Refusal(f"{args.out / saved['shards']} is damaged") from None
     try:
         set_model_state_dict(model, state["model"], options=options)
         set_model_state_dict(ema, state["ema"], options=options)
@@ -773,10 +824,23 @@ def restore(args, saved, model, ema, optimizers, path):
         path.load_state_dict(saved["path"]["weights"])
         for (o, _), state in zip(optimizers[1:], saved["path"]["optimizer"]):
             o.load_state_dict(state)
+        for (o, _), settings in zip(optimizers, ours):
+            check_moments(o)
+            for group, setting in zip(o.param_groups, settings, strict=True):
+                group |= setting | dict(params=group["params"])     # a file sets no beta, no lr
         return saved["step"], saved["sums"]
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         raise Refusal(f"{args.out / 'last.pt'}: optimizer or diffusion do not fit this run "
                       f"({type(e).__name__})") from None
+
+
+def check_moments(optimizer):
+    """The fused kernel trusts shapes: a moment that is too small would be written beyond its end."""
+    for p, state in optimizer.state.items():
+        for k, wanted in (("exp_avg", p), ("exp_avg_sq", p), ("step", torch.zeros(()))):
+            v = state[k]
+            if (v.shape, v.dtype, v.layout) != (wanted.shape, wanted.dtype, torch.strided):
+                raise ValueError(k)
 
 
 # ------------------------------------------------------------------------ what one sees
@@ -923,7 +987,7 @@ def plan_memory(model, path, loss_of, pictures, world, bf16):
         loss_of(path, model, x0, y, 0, draw)
 
     def stored(tensors, share=1):                   # FSDP cuts along the first axis
-        return sum(-(-t.shape[0] // share) * (t.numel() // t.shape[0]) * 4 for t in tensors)
+        return sum(-(-t.shape[0] // share) * t[:1].numel() * 4 for t in tensors)
 
     learned = [p for p in parameters if p.requires_grad]
     width, blocks = (2 if bf16 else 4), [stored(b.parameters()) for b in model.blocks]

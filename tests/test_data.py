@@ -210,6 +210,20 @@ def test_cifar10_comes_back_python_or_binary(tmp_path, binary):
     assert (len(some), len(load(tmp_path, "test")), some.flips) == (20, 4, True)
 
 
+def test_a_cifar10_batch_pickled_by_python_2_as_the_published_ones_is_read(tmp_path):
+    """Its text is bytes, a pickle's opcodes U and T."""
+    write_cifar10(tmp_path)
+    x = np.random.default_rng(5).integers(0, 256, (4, 3072), np.uint8)
+    (tmp_path / "data_batch_1").write_bytes(
+        b"\x80\x02}(U\x04datacnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+        b"(K\x01K\x04M\x00\x0c\x86cnumpy\ndtype\nU\x02u1K\x00K\x01\x87R(K\x03U\x01|NNNJ\xff\xff\xff\xff"
+        b"J\xff\xff\xff\xffK\x00tb\x89T" + struct.pack("<i", x.size) + x.tobytes() + b"tb"
+        b"U\x06labels](K\x00K\x03K\x09K\x01eu.")
+    found, y = load(tmp_path).batch(torch.arange(4))
+    assert np.array_equal(((found + 1) * 127.5).round().byte().numpy().reshape(4, -1), x)
+    assert y.tolist() == [0, 3, 9, 1]
+
+
 def test_pictures_that_may_flip_are_mirrored_in_training_only(tmp_path):
     write_cifar10(tmp_path)
     some, ids = load(tmp_path), torch.arange(4)

@@ -14,6 +14,7 @@ import signal
 import struct
 import threading
 import time
+import warnings
 import zipfile
 
 import numpy as np
@@ -21,7 +22,7 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_faults import command, few_digits
+from test_faults import command, few_digits, same, server  # noqa: F401
 from test_official import golden
 
 import data
@@ -48,11 +49,14 @@ class Evil:
 
 
 def refused(capsys, program, *argv):
-    """-> the one line."""
+    """-> the one line; warnings would be others."""
     began = time.time()
-    code = program([str(a) for a in argv])
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)          # as data.py has it
+        code = program([str(a) for a in argv])
     said = capsys.readouterr()
-    assert code == 2 and said.err.count("\n") == 1, said
+    assert code == 2 and said.err.count("\n") == 1 and not warned, (said, warned)
     assert time.time() - began < 20
     return said.err
 
@@ -92,6 +96,14 @@ def flip(file):
 
 
 NAMES = ("x_embedder.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight")
+both = lambda c, f: c | {w: c[w] | dict(pos_embed=f(c[w]["pos_embed"])) for w in ("model", "ema")}
+
+
+def quantized(v):
+    with train_module.quiet():                          # torch is giving them up
+        return torch.quantize_per_tensor(v, 0.1, 0, torch.quint8)
+
+
 CONTENTS = {                                            # a change of what is inside, words of the refusal
     "pickle": (lambda c: c | dict(more=Evil()), "could run code"),
     "function": (lambda c: c | dict(more=os.system), "could run code"),
@@ -103,17 +115,33 @@ CONTENTS = {                                            # a change of what is in
     "a tensor": (lambda c: torch.zeros(3), "damaged"),
     "no ema": (lambda c: {k: v for k, v in c.items() if k != "ema"}, "damaged"),
     "model type": (lambda c: c | dict(model=[1]), "model is a list"),
-    "weight type": (lambda c: changed(c, "model/pos_embed", "x"), "pos_embed has shape None"),
-    "weight shape": (lambda c: changed(c, "ema/pos_embed", torch.zeros(1, 2, 3)), "pos_embed has shape"),
-    "more weights": (lambda c: changed(c, "model/more", torch.zeros(3)), "more has shape"),
+    "weight type": (lambda c: changed(c, "model/pos_embed", "x"), "pos_embed is None"),
+    "weight shape": (lambda c: changed(c, "ema/pos_embed", torch.zeros(1, 2, 3)), "pos_embed is ((1, 2, 3)"),
+    "more weights": (lambda c: changed(c, "model/more", torch.zeros(3)), "more is ((3,)"),
     "config type": (lambda c: changed(c, "config/dim", "16"), "dim is a str"),
     "config bool": (lambda c: changed(c, "config/depth", True), "depth is a bool"),
     "config float": (lambda c: changed(c, "config/heads", 2.0), "heads is a float"),
     "config nan": (lambda c: changed(c, "config/time_scale", float("nan")), "time_scale is out of range"),
     "config unknown": (lambda c: changed(c, "config/evil", 1), "evil"),
+    "no heads": (lambda c: changed(c, "config/heads", 0), "heads 0"),
+    "no channels": (lambda c: changed(c, "config/channels", 0), "channels 0"),
+    "sparse weights": (lambda c: both(c, lambda v: v.to_sparse()), "is None"),
+    "weights of no device": (lambda c: both(c, lambda v: v.to("meta")), "is None"),
+    "weights of bits": (lambda c: both(c, lambda v: v.bool()), "torch.bool"),
+    "complex weights": (lambda c: both(c, lambda v: v + 0j), "complex"),
+    "quantized weights": (lambda c: both(c, quantized), "is None"),
+    "sums by number": (lambda c: c | dict(sums={5: torch.zeros(())}), "sums"),
+    "sums complex": (lambda c: c | dict(sums=dict(loss=torch.tensor(1j))), "sums"),
+    "sums nan": (lambda c: c | dict(sums=dict(skipped=torch.tensor(float("nan")))), "sums"),
+    "recipe by number": (lambda c: c | dict(recipe={5: 1}), "recipe"),
+    "recipe tensor": (lambda c: changed(c, "recipe/lr", torch.zeros(3)), "recipe"),
+    "path nan": (lambda c: changed(c, "path", dict(kind="ddpm", weights={}, options=dict(
+        weighting="min-snr", gamma=float("nan")))), "options"),
+    "path nothing": (lambda c: changed(c, "path", dict(kind="ddpm", weights={}, options=dict(
+        weighting="ant-uw", clusters=0))), "options"),
     "huge dim": (lambda c: changed(c, "config/dim", 4_000_000), "config says"),
     "huger dim": (lambda c: changed(c, "config/dim", 10**15), "dim is out of range"),
-    "huge depth": (lambda c: changed(c, "config/depth", 10**6), "depth is 1000000"),
+    "huge depth": (lambda c: changed(c, "config/depth", 10**6), "depth 1000000"),
     "huge classes": (lambda c: changed(c, "config/classes", 10**7), "config says"),
     "negative": (lambda c: changed(c, "config/dim", -16), "damaged"),
     "data type": (lambda c: c | dict(data=3), "data is a int"),
@@ -165,6 +193,40 @@ def test_a_harmful_checkpoint_is_refused_wherever_it_is_read(tmp_path, capsys, g
         said = refused(capsys, program, *argv)
         assert word in said and str(file) in said and len(said) < 500, said
     assert {f.name for f in tmp_path.iterdir()} == {"last.pt"}
+
+
+MOMENTS = "optimizer/state/x_embedder.proj.bias/exp_avg"
+
+
+@pytest.mark.parametrize("moment", [torch.zeros(3), torch.zeros(()), torch.zeros(10**6), torch.zeros(16).to_sparse(),
+                                    "x", None])
+def test_a_moment_that_is_not_as_large_as_its_weight_is_refused(server, tmp_path, good, moment):
+    """The fused optimizer does not look: it writes beyond the end of a small one, and dies."""
+    torch.save(changed(good[1], MOMENTS, moment), tmp_path / "last.pt")
+    (code,), said = server.run(command(tmp_path, "--resume", "--steps", 2))
+    assert code == 2 and said.splitlines()[-1].startswith(f"train.py: {tmp_path}"), said
+
+
+def test_a_checkpoint_says_nothing_about_how_to_optimise(tmp_path, capsys, good):
+    """A resumed run has the learning rate, betas and kernels of its command line, not the file's."""
+    group, = good[1]["optimizer"]["param_groups"]
+    evil = dict(betas=(-1.0, 2.0), weight_decay=1e30, amsgrad=True, maximize=True, eps="x", fused=None)
+    for name, groups in (("plain", [group]), ("evil", [group | evil])):
+        (tmp_path / name).mkdir()
+        torch.save(changed(good[1], "optimizer/param_groups", groups), tmp_path / name / "last.pt")
+        assert train_module.cli(command(tmp_path / name, "--resume", "--steps", 3)) == 0
+    same(*(torch.load(tmp_path / name / "last.pt", weights_only=True)["model"] for name in ("plain", "evil")))
+
+
+@pytest.mark.parametrize("model", ["racedit", "ditmoe"])
+def test_a_million_experts_are_refused_before_they_are_made(tmp_path, capsys, model):
+    argv = [a for a in command(tmp_path, "--steps", 1, model="racedit")]
+    argv[1] = model
+    assert train_module.cli(argv) == 0
+    content = torch.load(tmp_path / "last.pt", weights_only=True)
+    capsys.readouterr()
+    torch.save(changed(content, "config/experts", 5_000_000), tmp_path / "last.pt")
+    assert "more weights" in refused(capsys, sample.cli, tmp_path / "last.pt")
 
 
 @pytest.mark.parametrize("part, value", [
@@ -344,6 +406,8 @@ TABLES = {
     "huge classes": (lambda f: native(f, classes=10**12), "meta.json"),
     "names": (lambda f: native(f, names=[1, 2, 3, 4]), "meta.json"),
     "names text": (lambda f: native(f, names="abcd"), "meta.json"),
+    "a trillion classes": (lambda f: native(f, labels=np.arange(4) * 10**12, classes=0), "labels.npy"),
+    "scale too long": (lambda f: native(f, scale=10**400), "meta.json"),
     "scale bool": (lambda f: native(f, scale=0), "meta.json"),
     "a list": (lambda f: (native(f), (f / "meta.json").write_text("[]")), "meta.json"),
     "deep": (lambda f: (native(f), (f / "meta.json").write_text("[" * 100_000)), "meta.json"),
@@ -380,17 +444,49 @@ def test_a_broken_npz_is_one_line_that_names_it(tmp_path, capsys, monkeypatch, h
     assert "1.npz" in refused(capsys, train_module.cli, *command(tmp_path / "out", "--data", tmp_path / "in"))
 
 
-def test_a_cifar10_batch_that_repeats_one_byte_a_billion_times_is_refused(tmp_path):
-    huge = np.broadcast_to(np.zeros((1, 1), np.uint8), (4, 3072))
+class Call:
+    """A pickle of this calls a function of NumPy that data.py knows."""
 
-    class Repeated:                                     # numpy.ndarray(shape, dtype, buffer, 0, strides)
-        def __reduce__(self):
-            return np.ndarray, (huge.shape, np.dtype("u1"), b"\0", 0, (0, 0))
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+FOUR = np.zeros((4, 3072), np.uint8)
+RAW = np._core.multiarray._reconstruct
+HARMS = {                       # of data and labels in a CIFAR-10 batch
+    "one byte repeated": (Call(np.ndarray, (FOUR.shape, np.dtype("u1"), b"\0", 0, (0, 0))), [0] * 4),
+    "one label repeated": (FOUR, Call(np.ndarray, ((10**10,), np.dtype("u1"), b"\0", 0, (0,)))),
+    "addresses": (FOUR, Call(np.ndarray, ((4,), np.dtype("O"), b"A" * 32))),    # read, they end Python
+    "addresses as state": (FOUR, Call(RAW, (np.ndarray, (0,), b"b"), (
+        1, (4,), Call(np.dtype, ("O", False, True), (3, "|", None, None, None, -1, -1, 0)), False, b"A" * 32))),
+    "lists of lists": (FOUR, [[[[0] * 1000] * 1000] * 1000] * 4),
+    "words": (FOUR, ["0"] * 4), "no list": (FOUR, {"a": 1}), "floats": (np.zeros((4, 3072)), [0] * 4),
+    "huge labels": (FOUR, [2**80] * 4), "no array": ("x", [0] * 4),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_a_harmful_cifar10_batch_is_one_line_that_names_it(tmp_path, capsys, harm, protocol):
     for i in range(1, 6):
-        raw = pickle.dumps({"data": Repeated(), "labels": [0] * 4}, protocol=2)
-        (tmp_path / f"data_batch_{i}").write_bytes(raw)
-    with pytest.raises(data.DataError, match="data_batch_1"):
-        data.load(tmp_path)
+        table = dict(zip(("data", "labels"), HARMS[harm]))
+        (tmp_path / f"data_batch_{i}").write_bytes(pickle.dumps(table, protocol))
+    assert "data_batch_1" in refused(capsys, train_module.cli, *command(tmp_path / "out", "--data", tmp_path))
+
+
+@pytest.mark.parametrize("file", ["data_batch_1", "data_batch_2", "dataset.json", "meta.json"])
+def test_a_pipe_in_place_of_a_table_is_not_waited_for(tmp_path, capsys, file):
+    if file == "meta.json":
+        native(tmp_path / "in")
+        (tmp_path / "in" / file).unlink()
+    (tmp_path / "in").mkdir(exist_ok=True)
+    if file == "data_batch_2":
+        (tmp_path / "in/data_batch_1").write_bytes(pickle.dumps(dict(data=FOUR, labels=[0] * 4), 2))
+    os.mkfifo(tmp_path / "in" / file)
+    assert file in refused(capsys, train_module.cli, *command(tmp_path / "out", "--data", tmp_path / "in"))
 
 
 # ------------------------------------------------------------------------------------------ downloads
