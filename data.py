@@ -156,6 +156,17 @@ def load(source="digits", split="train", latent_kind=None, size=None):
     return load_folder(source, root, split, latent_kind, size)
 
 
+def held_out(saved):
+    """The test split of what a checkpoint of train.py was trained on."""
+    about, config = saved["data"], saved["config"]
+    data = load(about["source"], "test", about.get("latent_kind"), config["size"])
+    for name in ("channels", "classes") if config["classes"] else ("channels",):
+        if getattr(data, name) != config[name]:
+            raise DataError(f"{data.source}: has {getattr(data, name)} {name}, the checkpoint was "
+                            f"trained with {config[name]}")
+    return data
+
+
 def fixed(size, data):
     if size not in (None, data.size):
         raise DataError(f"{data.source}: is {data.size}x{data.size}; --image-size is for image folders")
@@ -823,6 +834,8 @@ def write_whole(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
         part.unlink(missing_ok=True)
 
@@ -837,11 +850,16 @@ def plan(out, order, shape, rank, wait=600):
         if shutil.disk_usage(out).free < 2 * math.prod(shape):
             raise DataError(f"{out}: needs {2 * math.prod(shape) / 1e9:.1f} GB free")
         temporary = out / "latents.npy.part"
-        np.lib.format.open_memmap(temporary, "w+", np.float16, shape).flush()
-        if hasattr(os, "posix_fallocate"):      # or a disk that fills up would kill us, unexplained
-            with open(temporary, "rb+") as file:
-                os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
-        os.replace(temporary, out / "latents.npy")
+        try:
+            np.lib.format.open_memmap(temporary, "w+", np.float16, shape).flush()
+            if hasattr(os, "posix_fallocate"):  # or a disk that fills up would kill us, unexplained
+                with open(temporary, "rb+") as file:
+                    os.posix_fallocate(file.fileno(), 0, temporary.stat().st_size)
+            os.replace(temporary, out / "latents.npy")
+        except OSError as error:
+            raise DataError(f"{temporary}: cannot be written ({error.strerror})") from None
+        finally:
+            temporary.unlink(missing_ok=True)
         write_whole(path, json.dumps(order).encode())
     began = time.time()
     while not path.exists():
@@ -908,6 +926,7 @@ def encode(images, out, vae, name, size=256, batch=16, device="cpu", rank=0, wor
                 saved = time.time()
     finally:
         pool.shutdown(cancel_futures=True)
+        log("\n" if done > first else "")
         keep()
     counts = [out / f"progress-{i}.json" for i in range(world)]
     if sum(told_done(path) for path in counts) == len(paths):
@@ -976,9 +995,9 @@ def main(argv=None):
         encode(args.images, args.out, vae, args.vae, args.size, args.batch, device, args.rank,
                args.world, log=log)
         if (Path(args.out) / "meta.json").exists():
-            print(f"\n{load(args.out).describe()}")
+            print(load(args.out).describe())
     except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except (ValueError, OSError) as error:
         print(f"data.py: {' '.join(str(error).split())}", file=sys.stderr)

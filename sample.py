@@ -33,8 +33,8 @@ import torch.distributed as dist
 from PIL import Image
 
 from diffusion import DDPM, RectifiedFlow, guide, index_noise
-from train import (MODELS, Damaged, Parser, Refusal, join, keep_memory, load_stranger, number,
-                   parse_setting, read_checkpoint, together)
+from train import (MODELS, Damaged, Parser, Refusal, join, keep_memory, load_stranger, no_memory,
+                   number, parse_setting, read_checkpoint, together)
 
 # What is released, and how its authors sample: the diffusion, and how many channels DDPM guides.
 # DiT-MoE's S and B are ddpm, XL and G rf; the files do not tell.
@@ -175,9 +175,10 @@ def write_whole(file, write):
             os.fsync(f.fileno())                    # or a power cut may leave a name without a file
         os.replace(beside, file)
     except OSError as e:
+        raise Refusal(f"cannot write {file}: {e.strerror or e}") from None
+    finally:                                    # also of Ctrl-C
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise Refusal(f"cannot write {file}: {e.strerror or e}") from None
 
 
 def write_npz(file, pieces, labels):
@@ -399,7 +400,10 @@ def begin_parts(args, folder, options, every):
                 vae=args.vae, set=args.set, classes=args.classes, batch=args.batch)
     ours, file = json.loads(json.dumps(ours)), folder / "about.json"
     if file.exists():
-        theirs = json.loads(file.read_text())
+        try:
+            theirs = dict(json.loads(file.read_text()))
+        except (ValueError, TypeError, RecursionError):
+            raise Refusal(f"{file}: damaged; delete {folder}") from None
         other = [k for k in ours if theirs.get(k) != ours[k]]
         if other:
             raise Refusal(f"{folder} was begun with another {', '.join(other)}: finish it as it "
@@ -418,7 +422,7 @@ def fingerprint(file):
 
 
 def cli(argv):
-    """The command line -> exit code: 0, or 2 with one line on stderr."""
+    """The command line -> exit code: 0, 2 with one line on stderr, 130 when stopped."""
     try:
         main(parse_args(argv))
         return 0
@@ -427,6 +431,13 @@ def cli(argv):
         if alone or os.environ.get("RANK", "0") == "0":
             print(f"sample.py: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as e:
+        if not no_memory(e):
+            raise
+        print("sample.py: not enough memory; a smaller --batch needs less", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import ctypes
 import importlib
+import io
 import json
 import math
 import os
@@ -734,9 +735,11 @@ def write_shards(args, world, model, ema, optimizer, step):
     try:
         with quiet():                               # it warns of a single process
             dcp.save(state, checkpoint_id=args.out / name[0])
-    except (OSError, CheckpointException) as e:
-        raise Refusal(f"cannot write {args.out / name[0]} ({str(e).split(chr(10))[0]}); the last "
-                      "checkpoint is untouched") from None
+    except (OSError, CheckpointException) as e:     # torch's first line does not tell what it was
+        if int(os.environ.get("RANK", 0)) == 0:
+            shutil.rmtree(args.out / name[0], ignore_errors=True)
+        raise Refusal(f"cannot write {args.out / name[0]} ({str(e).strip().splitlines()[-1]}); the "
+                      "last checkpoint is untouched") from None
     return dict(shards=name[0], groups=groups)
 
 
@@ -766,14 +769,19 @@ class Shards(FileSystemReader):
         with open(Path(self.path) / ".metadata", "rb") as f:
             table = self.Table(f).load()
         table.storage_meta.load_id = self.load_id
-        for piece in table.storage_data.values():
+        return table
+
+    def read_data(self, plan, planner):
+        for item in plan.items:
+            piece = self.storage_data[item.storage_index]
             file = Path(self.path) / Path(piece.relative_path).name
-            if piece.relative_path != file.name or not file.is_file() or piece.length < 0 or (
-                    getattr(piece, "transform_descriptors", None)):
+            if piece.relative_path != file.name or not file.is_file() or (
+                    piece.transform_descriptors) or not 0 <= piece.length <= file.stat().st_size:
                 raise Damaged(f"{piece.relative_path} is no shard")
             with open(file, "rb") as f:
-                check_zip(self._slice_file(f, piece), piece.length)
-        return table
+                f.seek(piece.offset)
+                check_zip(io.BytesIO(f.read(piece.length)), piece.length)
+        return super().read_data(plan, planner)
 
     class Table(pickle._Unpickler):
         ALLOWED = {"Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_StorageInfo",
@@ -868,10 +876,15 @@ class Report:
 
     def forget(self, start):
         """Drop what the checkpoint did not see, and lines cut in the middle."""
-        lines = self.file.read_text(errors="replace").splitlines()
         beside = self.file.with_name(self.file.name + ".tmp")
-        beside.write_text("".join(f"{line}\n" for line in lines if step_of(line) <= start))
-        os.replace(beside, self.file)
+        try:
+            lines = self.file.read_text(errors="replace").splitlines()
+            beside.write_text("".join(f"{line}\n" for line in lines if step_of(line) <= start))
+            os.replace(beside, self.file)
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise lost_disk(self.file, e) from None
 
     def write(self, line):
         if not self.args.out.is_dir():

@@ -25,7 +25,6 @@ the bytes of the optimizer). It stands in the unit of its row's ratio; of a step
 Letters: T tokens, D width, h hidden width, E experts, k chosen per token.
 Read next: rounds(), then routed()."""
 
-import argparse
 import contextlib
 import io
 import json
@@ -583,7 +582,7 @@ def main(argv=None):
     p = train.Parser(prog="bench", description=__doc__.split("\n\n")[0], allow_abbrev=False)
     p.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(CASES)}; default: all")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--rounds", type=int, help=f"default: {FULL['rounds']}")
+    p.add_argument("--rounds", type=train.number(int, 1, 10**6), help=f"default: {FULL['rounds']}")
     p.add_argument("--micro", action="store_true", help="tiny shapes, one round: does it run?")
     p.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "bench.json")
     args = p.parse_args(argv)
@@ -592,7 +591,7 @@ def main(argv=None):
             raise train.Refusal(f"no case {case!r}: one of {', '.join(CASES)}")
     shapes = dict(MICRO if args.micro else FULL)
     shapes["rounds"] = args.rounds or shapes["rounds"]
-    device = torch.device(args.device)
+    device = train.join(args.device)[2]
     torch.set_num_threads(1)
     if device.type == "cpu":
         train.keep_memory()                                 # as train.py
@@ -615,9 +614,14 @@ def device_name(device):
     return f"{device.type}, one thread, {torch.backends.cpu.get_cpu_capability()}"
 
 
-if __name__ == "__main__":
+def cli(argv):
     try:
-        main()
+        main(argv)
+        return 0
     except (train.Refusal, ValueError, OSError) as e:
         print(f"bench: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv[1:]))

@@ -201,11 +201,11 @@ def show(rows):
 
 def main(argv=None):
     p = train.Parser(prog="bench_dydit", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    count = train.number(int, 1)
+    count = train.number(int, 1, 10**6)
     p.add_argument("--dense", type=Path, help="checkpoint of a dense DiT")
     p.add_argument("--ours", type=Path, nargs="+", help="checkpoints of DyDiT fine-tuned from it")
     p.add_argument("--curve", type=count, metavar="STEPS", help="fine-tune --dense, watch the ratio")
-    p.add_argument("--target", type=float, default=0.5, help="lambda of --curve")
+    p.add_argument("--target", type=train.number(float, 0, 1), default=0.5, help="lambda of --curve")
     p.add_argument("--rounds", type=count, help="default: 15 forwards, or 3 sampling runs")
     p.add_argument("--batch", type=count, default=4, help="of the forwards")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
@@ -237,9 +237,14 @@ def main(argv=None):
     print(f"written to {file}")
 
 
-if __name__ == "__main__":
+def cli(argv):
     try:
-        main()
+        main(argv)
+        return 0
     except (train.Refusal, ValueError, OSError) as e:
         print(f"bench_dydit: {' '.join(str(e).split())}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(cli(sys.argv[1:]))

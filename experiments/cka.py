@@ -7,6 +7,7 @@ Linear CKA compares two sets of features: 1 the same up to rotation and scale, 0
 Here the features are one block's outputs for the same pictures and noise at two times (DTR, Fig. 6).
 Letters: N blocks, B pictures, L tokens, D channels, n times."""
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from data import load as load_data
+from data import held_out, write_whole
 from diffusion import index_noise
 from dtr import Config, task_masks, task_table
 from sample import Parser, Refusal, join, load, number
@@ -56,7 +57,7 @@ def compare(args):
     rows, report, data = [], {}, None
     for file in args.checkpoints:
         model, path, saved = load(file, device=args.device)
-        data, c = data or load_data(saved["data"]["source"], "test"), model.cfg
+        data, c = data or held_out(saved), model.cfg
         if saved["name"] not in ("dit", "dtr"):
             raise Refusal(f"{file} is a {saved['name']}: only dit and dtr are compared")
         if (c.size, c.channels) != (data.size, data.channels) or c.classes not in (0, data.classes):
@@ -86,25 +87,30 @@ def draw(out, rows, side):
             square = Image.fromarray((235 - 215 * (m - low) / (1 - low)).byte().numpy())
             page.paste(square.resize((side, side), Image.NEAREST), (left, top))
             ImageDraw.Draw(page).text((left, top - 14), title, fill=0)
-    page.save(out)
+    file = io.BytesIO()
+    page.save(file, "PNG")
+    write_whole(out, file.getvalue())
     print(f"{out}: lightest {low:.3f}, darkest 1")
 
 
 def main(argv):
-    p = Parser(prog="dtr.py", description="Draws the masks or, of checkpoints, CKA across time.")
+    p = Parser(prog="dtr.py", description="Draws the masks or, of checkpoints, CKA across time.",
+               allow_abbrev=False)
     p.add_argument("checkpoints", nargs="*", type=Path, help="of train.py: dtr, dit")
     p.add_argument("--out", type=Path, help="PNG (default: masks.png; cka.png beside the first)")
-    p.add_argument("--n", type=number(int, 1), default=32, help="pictures")
-    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--n", type=number(int, 1, 10**5), default=32, help="pictures")
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     args = p.parse_args(argv)
     args.device = join(args.device)[2]
+    if args.out and args.out.suffix != ".png":
+        raise Refusal(f"--out {args.out}: must end in .png")
     if not args.checkpoints:
         return draw_masks(args.out or Path("masks.png"))
     out = args.out or args.checkpoints[0].parent / "cka.png"
     rows, report = compare(args)
     draw(out, rows, side=120)
-    out.with_suffix(".json").write_text(json.dumps(report))
+    write_whole(out.with_suffix(".json"), json.dumps(report).encode())
 
 
 def cli(argv):

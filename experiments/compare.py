@@ -7,7 +7,6 @@
 Every run is train.py with the options below, nothing else. A finished run is written to
 experiments/results/STUDY.json at once, so a comparison that was cut off goes on where it stopped."""
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 from threading import Lock
+
+from train import Parser, Refusal, number
 
 HERE = Path(__file__).resolve().parent
 FASHION = ["--tiny", "--data", "fashion-mnist", "--sample-every", "0"]
@@ -54,7 +55,7 @@ def call(*command):
     done = subprocess.run([sys.executable, *map(str, command)], cwd=HERE.parent, text=True,
                           capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stdout[-500:]}{done.stderr[-500:]}")
+        raise ValueError(f"{' '.join(map(str, command))}: {done.stderr[-500:]}")
 
 
 def train_one(study, variant, seed, n):
@@ -81,7 +82,7 @@ def flops_ratio(checkpoint):
     import data
     import sample
     model, path, saved = sample.load(checkpoint)
-    held_out = data.load(saved["data"]["source"], "test")
+    held_out = data.held_out(saved)
     x0, y = held_out.batch(torch.arange(500))
     t = path.grid((torch.arange(500) + 0.5) / 500)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
@@ -139,17 +140,27 @@ def show(study):
         print(f"val. loss by tenth of t, {variant}: " + " ".join(f"{mean(b):.4f}" for b in bins))
 
 
-def main():
-    p = argparse.ArgumentParser(description="Train the variants of a claim and compare them.")
+def main(argv):
+    p = Parser(prog="compare", description="Train the variants of a claim and compare them.",
+               allow_abbrev=False)
     p.add_argument("study", choices=STUDIES)
-    p.add_argument("--jobs", type=int, default=1, help="runs at a time, one thread each")
-    p.add_argument("--n", type=int, default=1000, help="samples per run")
+    p.add_argument("--jobs", type=number(int, 1, 1000), default=1, help="runs at a time")
+    p.add_argument("--n", type=number(int, 4, 10**6), default=1000, help="samples per run")
     p.add_argument("--show", action="store_true")
-    args = p.parse_args()
+    args = p.parse_args(argv)
     if not args.show:
         run(args.study, args.jobs, args.n)
     show(args.study)
 
 
+def cli(argv):
+    try:
+        main(argv)
+        return 0
+    except (Refusal, ValueError, OSError) as e:
+        print(f"compare: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(cli(sys.argv[1:]))

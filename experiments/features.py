@@ -17,7 +17,6 @@
    compare to nothing outside. The judge never sees the held-out pictures while it learns, and its
    accuracy on them, stored in the file, is the ceiling for the class accuracy of samples.   """
 
-import argparse
 import hashlib
 import math
 import os
@@ -146,17 +145,18 @@ def load(source, folder=ASSETS):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Train the feature net that the metrics use.")
+    from train import Parser, Refusal, number
+    parser = Parser(description="Train the feature net that the metrics use.", allow_abbrev=False)
     parser.add_argument("--data", default="digits", help="as for train.py; pictures only")
-    parser.add_argument("--size", type=int, help="side of the pictures, for an image folder")
-    parser.add_argument("--epochs", type=int, default=12)
-    args = parser.parse_args(argv)
+    parser.add_argument("--size", type=number(int, 1, 4096), help="side of the pictures of a folder")
+    parser.add_argument("--epochs", type=number(int, 1, 10**4), default=12)
     try:
+        args = parser.parse_args(argv)
         data, test = (load_data(args.data, split, size=args.size) for split in ("train", "test"))
         if data.latent:
             raise DataError(f"{args.data}: holds latents; this judge looks at pictures")
-    except DataError as error:
-        print(f"features.py: {error}", file=sys.stderr)
+    except (Refusal, ValueError, OSError) as error:
+        print(f"features.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(data.describe())
     net = train(data, args.epochs)

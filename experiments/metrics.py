@@ -25,18 +25,18 @@
    one is no praise: guidance draws pictures that are easier than life. Precision and recall are
    Kynkaanniemi et al. 2019 (arXiv:1904.06991, Sec. 2), 64 features in place of VGG's 4096.   """
 
-import argparse
 import functools
 import json
-import os
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from data import DataError, find_device, load as load_data
+import data
+from data import DataError, load as load_data
 from experiments import features as judges
 
 
@@ -181,6 +181,10 @@ def read_npz(path, labels=True):
 
     ADM's reference files have no labels."""
     try:
+        with zipfile.ZipFile(path) as file:         # pictures shrink by half, not to a hundredth
+            whole = sum(entry.file_size for entry in file.infolist())
+        if whole > max(data.LIMIT, 10 * Path(path).stat().st_size):
+            raise DataError(f"unpacks to {whole:,} bytes")
         with np.load(path, allow_pickle=False) as file:
             samples, labels = file["arr_0"], file["arr_1"] if labels else np.zeros(1, int)
     except Exception as error:                  # damaged files raise a dozen different errors
@@ -228,17 +232,14 @@ def from_checkpoint(args):
     import sample                               # lazily: an npz is judged without any model
     from train import Refusal, keep_memory
     keep_memory()
-    try:
-        model, path, checkpoint = sample.load(args.file, weights=args.weights, device=args.device)
-        if args.solver and args.solver not in path.solvers:
-            raise Refusal(f"--solver {args.solver}: this checkpoint has {', '.join(path.solvers)}")
-        if not model.cfg.classes:
-            raise Refusal(f"{args.file} knows no classes: the judge cannot ask for them")
-    except Refusal as error:
-        raise DataError(str(error)) from None
-    trained_on = checkpoint["data"]
-    source = args.data or (trained_on["source"] if isinstance(trained_on, dict) else trained_on)
-    held_out = load_data(source, "test", size=checkpoint["config"]["size"])
+    model, path, checkpoint = sample.load(args.file, weights=args.weights, device=args.device)
+    if args.solver and args.solver not in path.solvers:
+        raise Refusal(f"--solver {args.solver}: this checkpoint has {', '.join(path.solvers)}")
+    if not model.cfg.classes:
+        raise Refusal(f"{args.file} knows no classes: the judge cannot ask for them")
+    if args.data and args.data != checkpoint["data"]["source"]:
+        checkpoint["data"] = dict(source=args.data)
+    held_out, source = data.held_out(checkpoint), checkpoint["data"]["source"]
     loss = validation_loss(model, path, held_out)
     if held_out.latent:
         return None, None, source, loss
@@ -288,33 +289,33 @@ def by_judge(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Judge samples of a checkpoint or of an npz.")
+    from train import Parser, Refusal, join, number             # lazily, as above
+    parser = Parser(description="Judge samples of a checkpoint or of an npz.", allow_abbrev=False)
+    count = number(int, 1, 10**6)
     parser.add_argument("file", help="checkpoint of train.py, or npz of sample.py")
     parser.add_argument("--data", help="the data set to compare with (default: the checkpoint's)")
-    parser.add_argument("--n", type=int, default=2000, help="how many samples")
-    parser.add_argument("--cfg", type=float, default=2.0, help="guidance scale")
-    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--n", type=count, default=2000, help="how many samples")
+    parser.add_argument("--cfg", type=number(float, 0), default=2.0, help="guidance scale")
+    parser.add_argument("--steps", type=count, default=25)
     parser.add_argument("--solver", help="as in sample.py")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     parser.add_argument("--weights", choices=["ema", "raw"], default="ema")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", help="write the numbers there as well")
     parser.add_argument("--fidelity", metavar="REF", help="of an npz: FID and IS against this "
                         "npz or folder, not the judge (pip install torch-fidelity)")
-    args = parser.parse_args(argv)
     try:
+        args = parser.parse_args(argv)
+        join(args.device)
         if not Path(args.file).is_file():
             raise DataError(f"{args.file}: no such file")
         if args.n <= 3:
             raise DataError(f"--n {args.n}: needs more than 3 samples")
-        find_device(args)                       # or an error that says which one is missing
         result = by_fidelity(args) if args.fidelity else by_judge(args)
         if args.json:
-            part = Path(f"{args.json}.part")
-            part.write_text(json.dumps(vars(args) | result, indent=1) + "\n")
-            os.replace(part, args.json)
-    except (ValueError, OSError) as error:
-        print(f"metrics.py: {error}", file=sys.stderr)
+            data.write_whole(Path(args.json), json.dumps(vars(args) | result, indent=1).encode())
+    except (Refusal, ValueError, OSError) as error:
+        print(f"metrics.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print(table(result))
     return 0

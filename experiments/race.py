@@ -5,7 +5,6 @@
 Held-out pictures, noised to ten times, in eval mode: tau decides, as in sampling.
 Letters: N blocks, B pictures, L tokens, E experts."""
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ import torch
 import data
 import sample
 from racedit import reach, select
-from train import Refusal
+from train import Parser, Refusal, number
 
 
 def max_violation(shared):
@@ -62,20 +61,16 @@ def pairs_won(moe, S):
     return won.mT @ won
 
 
-def main():
-    p = argparse.ArgumentParser(description="Experts per token by time, and balance.")
+def main(argv):
+    p = Parser(prog="race", description="Experts per token by time, and balance.", allow_abbrev=False)
     p.add_argument("checkpoint", type=Path)
-    p.add_argument("--n", type=int, default=200, help="held-out pictures")
+    p.add_argument("--n", type=number(int, 1, 10**6), default=200, help="held-out pictures")
     p.add_argument("--json", type=Path)
-    args = p.parse_args()
-    try:
-        model, path, saved = sample.load(args.checkpoint)
-        if saved["name"] != "racedit":
-            raise Refusal(f"{args.checkpoint} is a {saved['name']}: only racedit races")
-        per_token, shared = watch(model, path, data.load(saved["data"]["source"], "test"), args.n)
-    except (Refusal, ValueError, OSError) as e:
-        print(f"race: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+    args = p.parse_args(argv)
+    model, path, saved = sample.load(args.checkpoint)
+    if saved["name"] != "racedit":
+        raise Refusal(f"{args.checkpoint} is a {saved['name']}: only racedit races")
+    per_token, shared = watch(model, path, data.held_out(saved), args.n)
     result = dict(k=model.cfg.k, experts_per_token=per_token, mean=sum(per_token) / len(per_token),
                   max_violation=[max_violation(s) for s in shared],
                   combination_usage=[combination_usage(s) for s in shared])
@@ -84,9 +79,17 @@ def main():
     print("MaxVio per layer  " + " ".join(f"{v:6.2f}" for v in result["max_violation"]))
     print("Comb % per layer  " + " ".join(f"{v:6.1f}" for v in result["combination_usage"]))
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1))
-    return 0
+        data.write_whole(args.json, json.dumps(result, indent=1).encode())
+
+
+def cli(argv):
+    try:
+        main(argv)
+        return 0
+    except (Refusal, ValueError, OSError) as e:
+        print(f"race: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(cli(sys.argv[1:]))

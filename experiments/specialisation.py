@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ditmoe import moe_layers
-from sample import STEPS, Parser, Refusal, generate, load, number, write_grid, write_whole
+from sample import STEPS, Parser, Refusal, generate, join, load, number, write_grid, write_whole
 
 
 class Recorder:
@@ -125,15 +125,17 @@ def expert_map(pictures, favourites, cfg):
 
 
 def main(argv):
-    p = Parser(prog="ditmoe.py", description="What the experts of a checkpoint are chosen for.")
+    p = Parser(prog="ditmoe.py", description="What the experts of a checkpoint are chosen for.",
+               allow_abbrev=False)
     p.add_argument("checkpoint", type=Path)
     p.add_argument("--out", type=Path, help="folder (default: experts/ beside the checkpoint)")
-    p.add_argument("--n", type=number(int, 1), default=50, help="pictures per class")
-    p.add_argument("--steps", type=number(int, 1), help=f"default: {STEPS}")
+    p.add_argument("--n", type=number(int, 1, 10**5), default=50, help="pictures per class")
+    p.add_argument("--steps", type=number(int, 1, 10**5), help=f"default: {STEPS}")
     p.add_argument("--cfg", type=number(float, 0), default=1.5, help="guidance; 1: none")
-    p.add_argument("--seed", type=number(int, 0), default=0)
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
+    join(args.device)
     model, path, saved = load(args.checkpoint, device=args.device)
     if saved["name"] != "ditmoe":
         raise Refusal(f"{args.checkpoint} is a {saved['name']}: only ditmoe has these experts")

@@ -23,5 +23,16 @@ def strip(out, files):
     sheet.save(out)
 
 
+def cli(argv):
+    try:
+        if len(argv) < 2:
+            raise ValueError("say OUT and the pictures")
+        strip(argv[0], argv[1:])
+        return 0
+    except (ValueError, OSError) as e:              # no picture, no folder, no known ending
+        print(f"strip: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+
+
 if __name__ == "__main__":
-    strip(sys.argv[1], sys.argv[2:])
+    sys.exit(cli(sys.argv[1:]))

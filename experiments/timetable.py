@@ -12,8 +12,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from sample import load, maps, write_grid
-from train import Parser, Refusal, join
+from sample import Parser, Refusal, join, load, maps, write_grid
 
 
 @torch.no_grad()
@@ -27,7 +26,7 @@ def timetable(model, columns=200):
 
 
 def main(argv):
-    p = Parser(prog="dydit.py", description="Draws figures 5 and 6 of the paper.")
+    p = Parser(prog="dydit.py", description="Draws figures 5 and 6 of the paper.", allow_abbrev=False)
     p.add_argument("checkpoint", type=Path)
     p.add_argument("--out", type=Path, help="a folder (default: the checkpoint's)")
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
