@@ -38,6 +38,7 @@ import hashlib
 import http.client
 import io
 import json
+import logging
 import math
 import os
 import pickle
@@ -61,7 +62,9 @@ LAYOUTS = ["native", "fast-dit", "edm2", "mar"]             # values of --latent
 MOMENTS = ["samples", "mean-std", "mean-logvar"]            # what one latent array holds
 LIMIT = 1 << 30                                             # bytes that one file may unpack to
 MOST = 1_000_000                                            # classes
+warnings.filterwarnings("ignore", category=UserWarning, module="PIL")      # of damage that we name
 warnings.simplefilter("error", Image.DecompressionBombWarning)
+logging.getLogger("PIL").setLevel(logging.CRITICAL)
 
 
 class DataError(ValueError):
@@ -342,7 +345,7 @@ def load_idx(source, folder, split):
     pictures, labels, train_labels = arrays
     if len(pictures) != len(labels) or pictures.shape[1] != pictures.shape[2]:
         raise DataError(f"{folder}: {len(labels)} labels for pictures {tuple(pictures.shape)}")
-    names = [str(i) for i in range(train_labels.max() + 1)]
+    names = [str(i) for i in range(int(train_labels.max()) + 1)]
     names = IDX[source]["names"] if source in IDX else names
     labels = checked_labels(folder / PARTS[split][1], labels, len(names))
     return Data(source, labels, names, pictures[:, None].__getitem__)           # (N, 1, S, S)
@@ -382,6 +385,9 @@ class ArraysOnly(pickle._Unpickler):
     """A pickle may call any function of Python. This one calls nothing, not even NumPy: its arrays
     of objects would take the bytes of the file for addresses. And Python's own unpickler, since
     C's makes room for whatever a file claims."""
+
+    dispatch = pickle._Unpickler.dispatch | {
+        pickle.BYTEARRAY8[0]: lambda self: self.append(self.read(int.from_bytes(self.read(8), "little")))}
 
     def find_class(self, module, name):
         if (module, name) == ("_codecs", "encode"):         # bytes, in protocol 2

@@ -596,7 +596,7 @@ def read_checkpoint(file, whole=True):
         content["config"], content["path"]["kind"]
     except FileNotFoundError as e:
         raise Refusal(f"{e.filename or file}: no such file") from None
-    except Exception as e:                          # a damaged file raises a dozen different errors
+    except (Exception, CheckpointException) as e:   # a damaged file raises a dozen different errors
         code = re.search(r"GLOBAL ([\w.]+)", str(e))
         why = (str(e) if isinstance(e, (Damaged, Refusal)) else
                f"it holds {code[1]}, which could run code" if code else type(e).__name__)
@@ -784,6 +784,8 @@ class Shards(FileSystemReader):
         return super().read_data(plan, planner)
 
     class Table(pickle._Unpickler):
+        dispatch = {op: load for op, load in pickle._Unpickler.dispatch.items()
+                    if op != pickle.BYTEARRAY8[0]}
         ALLOWED = {"Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_StorageInfo",
                    "TensorStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
                    "PosixPath", "WindowsPath", "_get_layout", "Size"}
