@@ -586,6 +586,8 @@ def main(argv=None):
     p.add_argument("--micro", action="store_true", help="tiny shapes, one round: does it run?")
     p.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "bench.json")
     args = p.parse_args(argv)
+    if args.json.suffix != ".json":
+        raise train.Refusal(f"--json {args.json}: must end in .json")
     for case in args.cases:
         if case not in CASES:
             raise train.Refusal(f"no case {case!r}: one of {', '.join(CASES)}")

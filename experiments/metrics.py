@@ -307,6 +307,8 @@ def main(argv=None):
     try:
         args = parser.parse_args(argv)
         join(args.device)
+        if args.json and not args.json.endswith(".json"):
+            raise DataError(f"--json {args.json}: must end in .json")
         if not Path(args.file).is_file():
             raise DataError(f"{args.file}: no such file")
         if args.n <= 3:

@@ -67,6 +67,8 @@ def main(argv):
     p.add_argument("--n", type=number(int, 1, 10**6), default=200, help="held-out pictures")
     p.add_argument("--json", type=Path)
     args = p.parse_args(argv)
+    if args.json and args.json.suffix != ".json":
+        raise Refusal(f"--json {args.json}: must end in .json")
     model, path, saved = sample.load(args.checkpoint)
     if saved["name"] != "racedit":
         raise Refusal(f"{args.checkpoint} is a {saved['name']}: only racedit races")

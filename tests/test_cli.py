@@ -6,9 +6,12 @@ The flags are read from the parsers themselves, so a new one is tested without b
 import argparse
 import contextlib
 import hashlib
+import importlib
 import io
 import random
+import shutil
 import signal
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +23,13 @@ from test_faults import MICRO, command, few_digits
 import data
 import sample
 import train as train_module
+from experiments import (bench, bench_dydit, cka, compare, features, metrics, race, specialisation, strip,
+                         timetable)
 
-PROGRAMS = {"train": train_module.cli, "sample": sample.cli, "data": data.main}
+PROGRAMS = {"train": train_module.cli, "sample": sample.cli, "data": data.main, "metrics": metrics.main,
+            "race": race.cli, "dtr": cka.cli, "ditmoe": specialisation.cli, "dydit": timetable.cli,
+            "features": features.main, "compare": compare.cli, "bench": bench.cli,
+            "bench_dydit": bench_dydit.cli}
 
 
 class Seen(Exception):
@@ -51,7 +59,7 @@ def flags_of(program):
 RUBBISH = ["", "x", "-1", "0", "1", "2", "3", "0.5", "1e-3", "1e400", "nan", "inf", "-inf", "1" + "0" * 25,
            "0x10", "１２", " 3 ", "1_0", "a\nb", "é", "..", "/dev/null", "=", "dim=8", "dim=0", "heads=3",
            "depth=-1", "patch=5", "dim=1e3", "size=30", "classes=-3", "channels=2", "learn_sigma=maybe",
-           "time_scale=nan", "time_scale=inf", "digits", "mnist?", "true", "None", "é" * 300, "z" * 5000, "\x1b[2J",
+           "classes=3", "classes=0", "patch=28", "time_scale=nan", "time_scale=inf", "digits", "mnist?", "true", "None", "é" * 300, "z" * 5000, "\x1b[2J",
            "9223372036854775808", "-0", "1000000", "meta", "cuda:7"]
 EXPENSIVE = {"1000000", "1_0"}                          # correct, but not for a test to run
 
@@ -86,7 +94,7 @@ def cases(seed=8, more=1):
         for flag in flags:
             for _ in range(1 if flag.nargs == 0 else 3 * more):
                 made.append((program, [flag]))
-        while sum(p == program for p, _ in made) < more * dict(train=190, sample=110, data=40)[program]:
+        while sum(p == program for p, _ in made) < more * dict(train=190, sample=110, data=40).get(program, 15):
             made.append((program, rng.sample(flags, rng.choice([2, 2, 3]))))
     return made, rng
 
@@ -106,6 +114,16 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: model)          # it would take seconds
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(data.urllib.request, "urlopen", offline)
+    monkeypatch.setattr(metrics, "judge", lambda source: judge())
+    monkeypatch.setattr(features, "train", lambda data, epochs: features.Judge(data.channels, data.classes))
+    monkeypatch.setattr(features, "ASSETS", tmp_path / "assets")
+    monkeypatch.setattr(features.save, "__defaults__", (tmp_path / "assets",))
+    monkeypatch.setattr(compare, "run", lambda *a: None)                # trainings, hours of them
+    monkeypatch.setattr(bench, "CASES", {})
+    monkeypatch.setattr(bench_dydit, "forward_times", lambda *a, **k: dict(static_s=1.0))
+    monkeypatch.setattr(bench_dydit, "curve", lambda dense, *a: refuse_all(dense))
+    monkeypatch.setattr(bench_dydit, "sampling_times", lambda *files: refuse_all(*files[:2]))
+    metrics.training_data.cache_clear(), metrics.real_features.cache_clear()
     here = tmp_path / "here"
     for c in ("a", "b"):
         (here / "pictures" / c).mkdir(parents=True)
@@ -115,11 +133,26 @@ def place(tmp_path, monkeypatch):
     monkeypatch.chdir(here)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with contextlib.redirect_stdout(io.StringIO()):
-        for name, options in (("run", []), ("ddpm", ["--path", "ddpm"])):
-            assert train_module.cli(command(Path(name), "--steps", 1, *options)) == 0
+        for name, (model, options) in RUNS.items():
+            assert train_module.cli(command(Path(name), "--steps", 1, *options, model=model)) == 0
     yield here
     for s, handler in zip((signal.SIGINT, signal.SIGTERM), handlers):
         signal.signal(s, handler)
+
+
+RUNS = {"run": ("dit", []), "ddpm": ("dit", ["--path", "ddpm"]), "racedit": ("racedit", []),
+        "ditmoe": ("ditmoe", []), "dydit": ("dydit", []), "dtr": ("dtr", [])}
+
+
+def judge():
+    return features.Judge(1, 10).eval(), dict(channels=1, size=28, accuracy=0.5)
+
+
+def refuse_all(*files):
+    """What a benchmark does first with its checkpoints; the rest takes minutes."""
+    for file in files:
+        sample.load(file)
+    raise ValueError("no more of it in a test")
 
 
 def offline(url, timeout):
@@ -156,13 +189,19 @@ def call(program, argv):
 
 BASE = {"train": [a for a in command("new", "--steps", 1)], "data": [
     "encode", "--images", "pictures", "--out", "latents", "--vae", "some", "--size", "16", "--device", "cpu"],
-    "sample": ["run/last.pt", "--steps", "1", "--n", "3", "--device", "cpu", "--out", "g.png"]}
+    "sample": ["run/last.pt", "--steps", "1", "--n", "3", "--device", "cpu", "--out", "g.png"],
+    "metrics": ["run/last.pt", "--n", "5", "--steps", "1"], "race": ["racedit/last.pt", "--n", "4"],
+    "dtr": ["dtr/last.pt", "--n", "2", "--device", "cpu", "--out", "c.png"], "features": ["--data", "digits"],
+    "ditmoe": ["ditmoe/last.pt", "--n", "1", "--steps", "1", "--device", "cpu", "--out", "experts"],
+    "dydit": ["dydit/last.pt", "--out", "tables"], "compare": ["dtr", "--show"],
+    "bench": ["--json", "b.json", "--device", "cpu"], "bench_dydit": ["--out", "speed", "--device", "cpu"]}
+NAMES = {"race": "race: ", "compare": "compare: ", "bench": "bench: ", "bench_dydit": "bench_dydit: "}
 
 
 @pytest.mark.parametrize("seed, more", [(8, 1), pytest.param(9, 8, marks=pytest.mark.long)])
 def test_every_flag_wrong_out_of_range_and_in_conflict(place, seed, more):
     made, rng = cases(seed, more)
-    files = ["run/last.pt", "ddpm/last.pt", "broken.pt", "nothing.pt", "pictures", "pictures/a/0.png",
+    files = ["run/last.pt", "ddpm/last.pt", "racedit/last.pt", "dtr/last.pt", "broken.pt", "nothing.pt", "pictures", "pictures/a/0.png",
              "run", "new/deeper", "out.png", "/dev/null", "/proc/nothing/x"]
     codes, missing = {}, []
     for n, (program, flags) in enumerate(made):
@@ -178,7 +217,7 @@ def test_every_flag_wrong_out_of_range_and_in_conflict(place, seed, more):
         assert code in (0, 2), note
         if code == 2:
             lines = [line for line in said.splitlines() if not line.startswith(("mnist: down", "fashion"))]
-            assert len(lines) == 1 and lines[0].startswith(f"{program}.py: ") and len(lines[0]) < 12_000, note
+            assert len(lines) == 1 and lines[0].startswith(NAMES.get(program, f"{program}.py: ")) and len(lines[0]) < 12_000, note
             if "may help" in said:                      # it began, and its numbers ended it
                 after = {f: h for f, h in after.items() if f in before}
             assert before == after, (note, set(before.items()) ^ set(after.items()))
@@ -195,16 +234,42 @@ def test_every_flag_wrong_out_of_range_and_in_conflict(place, seed, more):
         for f in sorted(set(after) - set(before), reverse=True):
             if (place / f).is_dir():
                 (place / f).rmdir()
-        for name in ("run", "ddpm"):                    # a run into an old folder has moved it aside
+        for name, (model, options) in RUNS.items():     # a run into an old folder has moved it aside
             if after.get(f"{name}/last.pt") != before[f"{name}/last.pt"]:
                 with contextlib.redirect_stdout(io.StringIO()):
-                    assert train_module.cli(command(
-                        Path(name), "--steps", 1, *(["--path", "ddpm"] if name == "ddpm" else []))) == 0
+                    assert train_module.cli(command(Path(name), "--steps", 1, *options, model=model)) == 0
                 for f in place.glob(f"{name}/previous_*"):
                     f.unlink()
     print(len(made), codes)
     assert len(made) >= 300 and codes["train", 0] > 20 and codes["train", 2] > 100
     assert codes["sample", 0] > 10 and codes["data", 2] > 20 and codes["data", 0] > 5
+    assert all(codes.get((program, 0), 0) > 1 and codes.get((program, 2), 0) > 1 for program in PROGRAMS), codes
+
+
+FIELDS = [(model, f.name, value) for model in train_module.MODELS
+          for f in fields(importlib.import_module(model).Config)
+          for value in {int: ["-1", "0", "1", "3", "17"], float: ["-1", "0", "0.3", "1e30"],
+                        bool: ["true"], str: ["x", ""]}[type(f.default)]]
+
+
+@pytest.mark.parametrize("model", train_module.MODELS)
+def test_every_field_of_every_config_out_of_range(place, model):
+    """--set FIELD=VALUE: a run of one step, or one line that came before any file."""
+    for _, field, value in (f for f in FIELDS if f[0] == model):
+        before = tree(place)
+        code, said = call("train", command("new", "--steps", 1, "--set", f"{field}={value}", model=model))
+        note = f"{model} {field}={value}: {code} {said}"
+        assert code in (0, 2) and (code == 0 or said.count("\n") == 1), note
+        assert "may help" in said or code == 0 or tree(place) == before, note
+        if value in ("x", ""):
+            assert code == 2, note
+        shutil.rmtree("new", ignore_errors=True)
+
+
+def test_the_strip_says_what_it_could_not_read(place, capsys):
+    for argv in ([], ["s.png"], ["s.png", "nothing.png"], ["s.png", "broken.pt"], ["s.what", "pictures/a/0.png"]):
+        assert strip.cli(argv) == 2 and capsys.readouterr().err.count("\n") == 1
+    assert strip.cli(["s.png", "pictures/a/0.png"]) == 0
 
 
 def test_every_flag_is_in_the_cases():

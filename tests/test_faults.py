@@ -32,7 +32,7 @@ import train as train_module
 
 MICRO = ("--tiny --batch 4 --lr 1e-2 --warmup 0 --log-every 1 --sample-every 0 --device cpu --amp off "
          "--set dim=16 depth=1 heads=2 patch=7").split()
-MANY = dict(racedit=["experts=4"], dit=[])
+MANY = dict(racedit=["experts=4"], ditmoe=["experts=4"], dit=[], dydit=[], dtr=[])
 
 
 def few_digits(split):
