@@ -386,8 +386,10 @@ class ArraysOnly(pickle._Unpickler):
     of objects would take the bytes of the file for addresses. And Python's own unpickler, since
     C's makes room for whatever a file claims."""
 
-    dispatch = pickle._Unpickler.dispatch | {
-        pickle.BYTEARRAY8[0]: lambda self: self.append(self.read(int.from_bytes(self.read(8), "little")))}
+    def load_bytearray8(self):                              # theirs zeroes the room first
+        self.append(self.read(int.from_bytes(self.read(8), "little")))
+
+    dispatch = pickle._Unpickler.dispatch | {pickle.BYTEARRAY8[0]: load_bytearray8}
 
     def find_class(self, module, name):
         if (module, name) == ("_codecs", "encode"):         # bytes, in protocol 2
@@ -399,7 +401,11 @@ class ArraysOnly(pickle._Unpickler):
 
 def told_array(it):
     """What is told, as an array of integers."""
-    _, shape, kind, fortran, raw = it.state or (1, it.told[2], it.told[1], it.told[3] == "F", it.told[0])
+    if it.state:
+        _, shape, kind, fortran, raw = it.state
+    else:                                                   # protocol 5
+        raw, kind, shape, order = it.told
+        fortran = order == "F"
     name, order = (v.decode() if isinstance(v, bytes) else v for v in (kind.told[0], kind.state[1]))
     if name not in ("u1", "i4", "i8") or order not in ("|", "<", ">"):
         raise ValueError("no integers")
@@ -574,7 +580,8 @@ def read_json(path):
 
 def moments(path, array, kind):
     """An array (..., C or 2C, S, S) -> float32 (..., M, C, S, S): sample, or mean and std."""
-    array = torch.from_numpy(np.array(array, dtype=np.float32))
+    with np.errstate(all="ignore"):             # too large for float32: refused as infinity below
+        array = torch.from_numpy(np.array(array, dtype=np.float32))
     if array.ndim < 3 or array.shape[-1] != array.shape[-2] or not array.numel():
         raise DataError(f"{path}: latents must end in (channels, side, side), not "
                         f"{tuple(array.shape)}")

@@ -269,12 +269,12 @@ class RaceDiT(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        if cfg.route not in ROUTES or cfg.gate not in GATES or cfg.pool not in ("local", "global") or (
-                not (1 <= cfg.k <= cfg.experts and 1 <= cfg.split <= 4 * cfg.dim)):
-            raise ValueError(f"route {cfg.route!r}, gate {cfg.gate!r}, pool {cfg.pool!r}, k {cfg.k}, "
-                             f"split {cfg.split}: route is one of {', '.join(ROUTES)}; gate of "
-                             f"{', '.join(GATES)}; pool of local, global; k in 1..experts; split in "
-                             "1..4D")
+        if (cfg.route not in ROUTES or cfg.gate not in GATES or cfg.pool not in ("local", "global")
+                or not 1 <= cfg.k <= cfg.experts or not 1 <= cfg.split <= 4 * cfg.dim):
+            raise ValueError(f"route {cfg.route!r}, gate {cfg.gate!r}, pool {cfg.pool!r}, k "
+                             f"{cfg.k}, split {cfg.split}: route is one of {', '.join(ROUTES)}; "
+                             f"gate of {', '.join(GATES)}; pool of local, global; k in 1..experts; "
+                             "split in 1..4D")
         self.cfg = cfg
         self.x_embedder = PatchEmbed(cfg)
         self.pos_embed = nn.Parameter(sincos_2d(cfg), requires_grad=False)      # (1, L, D), fixed

@@ -816,7 +816,8 @@ def check_same_run(args, saved, module, cfg, path, data):
 
 @quiet()
 def restore(args, saved, model, ema, optimizers, path):
-    ours = [[dict(group, params=None) for group in o.param_groups] for o, _ in optimizers]
+    ours = [[{k: v for k, v in group.items() if k not in ("params", "lr")} for group in
+             o.param_groups] for o, _ in optimizers]
     state, options = saved, WHOLE
     if "shards" in saved:                           # whatever number of processes wrote them
         state, options = state_of(model, ema, optimizers[0][0]), None
@@ -837,7 +838,7 @@ def restore(args, saved, model, ema, optimizers, path):
         for (o, _), settings in zip(optimizers, ours):
             check_moments(o)
             for group, setting in zip(o.param_groups, settings, strict=True):
-                group |= setting | dict(params=group["params"])     # a file sets no beta, no lr
+                group |= setting                    # a file sets no beta; lr is set at every step
         return saved["step"], saved["sums"]
     except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as e:
         raise Refusal(f"{args.out / 'last.pt'}: optimizer or diffusion do not fit this run "
@@ -908,16 +909,16 @@ class Report:
             self.now[k] = self.now.get(k, 0) + v / parts
 
     def step(self, step, norm, good):
-        new = self.now if good else {"skipped": torch.ones_like(self.now["loss"])}
+        one = torch.ones_like(self.now["loss"])
+        new = self.now | {"sound": one} if good else {"skipped": one}
         self.sums |= {k: self.sums.get(k, 0) + v for k, v in new.items()}
         self.now = {}
         every = self.args.log_every
         if step % every and step != self.args.steps:
             return
-        steps = step % every or every
         mean = {k: v.item() for k, v in average(self.sums, self.world).items()}
-        skipped, self.sums = round(mean.pop("skipped", 0)), {}
-        mean = {k: v / (steps - skipped) for k, v in mean.items()}       # of steps that were not
+        skipped, sound, self.sums = round(mean.pop("skipped", 0)), mean.pop("sound", 1), {}
+        mean = {k: v / sound for k, v in mean.items()}          # of steps that were not skipped
         speed = (step - self.since) * self.args.batch / (time.time() - self.began)
         left = (self.args.steps - step) * self.args.batch / speed
         line = dict(step=step, **mean, grad_norm=norm.item() if good else None,

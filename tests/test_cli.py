@@ -266,6 +266,17 @@ def test_every_field_of_every_config_out_of_range(place, model):
         shutil.rmtree("new", ignore_errors=True)
 
 
+@pytest.mark.parametrize("model, analysis", [("racedit", race.cli), ("dtr", cka.cli)])
+def test_an_analysis_reads_pictures_at_the_size_that_the_checkpoint_was_trained_with(place, model, analysis):
+    for c in ("a", "b"):                                # so that some are held out
+        for i in range(3, 20):
+            Image.fromarray(np.full((30, 40, 3), 10 * i, np.uint8)).save(place / f"pictures/{c}/{i}.png")
+    argv = command("new", "--steps", 1, "--data", "pictures", "--image-size", 14, model=model)
+    assert call("train", argv)[0] == 0
+    with contextlib.redirect_stdout(io.StringIO()):
+        assert analysis(["new/last.pt", "--n", "2"]) == 0
+
+
 def test_the_strip_says_what_it_could_not_read(place, capsys):
     for argv in ([], ["s.png"], ["s.png", "nothing.png"], ["s.png", "broken.pt"], ["s.what", "pictures/a/0.png"]):
         assert strip.cli(argv) == 2 and capsys.readouterr().err.count("\n") == 1

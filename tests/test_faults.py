@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -214,18 +215,23 @@ def wait_for_step(out, step, seconds=60):
 PLACES = ["anywhere", "write", "fsync", "before", "after"]
 
 
+@pytest.mark.parametrize("saving", [[], ["--sharded-save"]])
 @pytest.mark.parametrize("kills, steps", [(8, 90), pytest.param(30, 330, marks=pytest.mark.long)])
-def test_a_run_killed_at_any_moment_ends_at_the_same_last_bit(server, tmp_path, kills, steps):
+def test_a_run_killed_at_any_moment_ends_at_the_same_last_bit(server, tmp_path, saving, kills, steps):
+    """SIGKILL comes at every place; SIGTERM and Ctrl-C, which end a run in order, in between. Of shards
+    a save writes a hundred pieces, and flushes two files before last.pt."""
     rng, seen = random.Random(kills), []
     argv = ["--steps", steps, "--save-every", 3]
-    whole, cut = (command(tmp_path / name, *argv, model="racedit") for name in ("whole", "cut"))
+    whole, last = (command(tmp_path / name, *argv, model="racedit") for name in ("whole", "cut"))
+    cut = last + saving
     assert server.run(whole)[0] == [0]
     for i in range(kills):
-        number = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT][i % 3]
-        where = rng.choice(PLACES)
+        softly = [signal.SIGTERM, signal.SIGINT][i % 2]
+        number, where = (softly, rng.choice(PLACES)) if i % 8 > 4 else (signal.SIGKILL, PLACES[i % 8])
         file = tmp_path / "cut/last.pt"
         before = torch.load(file, weights_only=True)["step"] if file.exists() else 0
-        inside = None if where == "anywhere" else [where, rng.choice([1, 2]), number]
+        often = dict(write=60, fsync=4).get(where, 2) if saving else 2
+        inside = None if where == "anywhere" else [where, rng.randint(1, often), number]
         pid, = server.start([*cut, "--resume"], inside=inside)
         if not inside:
             wait_for_step(tmp_path / "cut", before + rng.randint(0, 8))
@@ -236,11 +242,28 @@ def test_a_run_killed_at_any_moment_ends_at_the_same_last_bit(server, tmp_path, 
         if file.exists():                               # whole at every moment
             train_module.read_checkpoint(file)
         seen.append((code, where))
-    assert len({where for _, where in seen}) >= 4 and sum(code == -9 for code, _ in seen) >= kills // 3
+    assert {(-9, where) for where in PLACES} <= set(seen)
     assert server.run([*cut, "--resume"])[0] == [0]
+    assert len(list(tmp_path.glob("cut/shards-*"))) == len(saving)      # none is left of what was killed
+    assert server.run([*last, "--resume"])[0] == [0]                    # makes one file of them
     same(*(torch.load(tmp_path / name / "last.pt", weights_only=True) for name in ("whole", "cut")))
     assert lines(tmp_path / "cut") == lines(tmp_path / "whole")
     assert not list((tmp_path / "cut").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("model", train_module.MODELS)
+def test_one_process_without_a_number_makes_all_skip_the_step(server, tmp_path, model):
+    bad = dict(steps=[1], ranks=[1], how="gradient")
+    codes, said = server.run(command(tmp_path, "--steps", 3, model=model), bad=bad, ranks=2)
+    assert codes == [0, 0] and [row.get("skipped") for row in lines(tmp_path)] == [None, 1, None], said
+    kept = train_module.read_checkpoint(tmp_path / "last.pt")
+    assert all(v.isfinite().all() for v in kept["model"].values())
+
+
+def test_a_folder_of_mine_called_shards_is_not_swept_away(tmp_path, capsys):
+    (tmp_path / "shards-mine").mkdir()
+    run(capsys, command(tmp_path, "--steps", 2, "--save-every", 1, "--sharded-save"))
+    assert len(list(tmp_path.glob("shards-*"))) == 2 and (tmp_path / "shards-mine").exists()
 
 
 def test_processes_decide_together_to_skip_a_step(server, tmp_path):
@@ -320,8 +343,86 @@ def test_a_full_disk_in_the_middle_of_the_last_rename_of_metrics_loses_no_line(t
     run(capsys, command(tmp_path, "--steps", 4))
     before = (tmp_path / "metrics.jsonl").read_bytes()
     with disk_of(100):
-        run(capsys, command(tmp_path, "--steps", 5, "--resume"), 2)
+        assert "metrics.jsonl" in run(capsys, command(tmp_path, "--steps", 5, "--resume"), 2)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"last.pt", "metrics.jsonl"}
+
+
+@pytest.mark.parametrize("saving, megabytes, saved", [
+    ([], 0.1, False), ([], 0.3, True), (["--sharded-save"], 0.1, False), (["--sharded-save"], 0.5, True)])
+@pytest.mark.skipif(os.geteuid() or not hasattr(os, "posix_fallocate"), reason="only root can mount a disk")
+def test_a_real_full_disk_leaves_the_last_checkpoint_and_nothing_half(tmp_path, capsys, saving, megabytes, saved):
+    with mounted(tmp_path / "disk", megabytes) as disk:
+        argv = command(disk / "run", "--steps", 30, "--save-every", 1, *saving)
+        said = run(capsys, argv, 2)
+        assert "cannot write" in said and "untouched" in said
+        file, kept = disk / "run/last.pt", []
+        if saved:                                       # one fits, two do not
+            train_module.read_checkpoint(file)
+            kept = ["last.pt"] + [p.name for p in disk.glob("run/shards-*")]
+            assert len(kept) == 1 + len(saving)
+        assert {p.name for p in disk.glob("run/*")} == {*kept, "metrics.jsonl"}
+        shutil.copytree(disk / "run", tmp_path / "larger")
+    run(capsys, command(tmp_path / "larger", "--steps", 30, "--resume"))
+    assert [row["step"] for row in lines(tmp_path / "larger")] == list(range(1, 31))
+
+
+@pytest.mark.skipif(os.geteuid() or not hasattr(os, "posix_fallocate"), reason="only root can mount a disk")
+@pytest.mark.parametrize("kilobytes", [8, 40, 100])
+def test_sampling_onto_a_full_disk_leaves_nothing_half_and_goes_on(tmp_path, capsys, kilobytes):
+    run(capsys, command(tmp_path / "run", "--steps", 1))
+    argv = [tmp_path / "run/last.pt", "--n", 100, "--steps", 1, "--batch", 10, "--device", "cpu"]
+    with mounted(tmp_path / "disk", kilobytes / 1000) as disk:
+        for more in (["--npz", disk / "s.npz"], []):
+            assert sample.cli([str(a) for a in (*argv, "--out", disk / "g.png", *more)]) == 2
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and str(disk) in said, said
+            assert not [p for p in disk.rglob("*") if p.suffix in (".tmp", ".npz", ".png")]
+        shutil.copytree(disk / "s.npz.parts", tmp_path / "s.npz.parts")
+    made = {p: p.stat().st_mtime_ns for p in tmp_path.glob("s.npz.parts/*.npy")}
+    assert sample.cli([str(a) for a in (*argv, "--npz", tmp_path / "s.npz", "--out", tmp_path / "g.png")]) == 0
+    assert (tmp_path / "s.npz").exists() and len(made) < 10
+
+
+@contextlib.contextmanager
+def mounted(folder, megabytes):
+    """A disk of this size, in memory."""
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={int(megabytes * 1e3)}k", "tmpfs", folder]).returncode:
+        pytest.skip("this root may not mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@contextlib.contextmanager
+def nobody():
+    """Root may write everywhere: become somebody who may not, in a folder of his own."""
+    was = os.geteuid()
+    if not was:
+        os.seteuid(65534)
+    folder = Path(tempfile.mkdtemp())
+    try:
+        yield folder
+    finally:
+        for p in (folder, *folder.rglob("*")):
+            if p.is_dir():
+                p.chmod(0o755)
+        os.seteuid(was)
+        shutil.rmtree(folder)
+
+
+def test_a_folder_without_the_right_to_write_is_one_line_before_and_during_training(capsys, monkeypatch):
+    with nobody() as folder:
+        folder.chmod(0o555)
+        for out in (folder, folder / "run"):
+            assert "Permission denied" in run(capsys, command(out, "--steps", 1), 2)
+        folder.chmod(0o755)
+        at_step(monkeypatch, 2, lambda: (folder / "run").chmod(0o555))
+        said = run(capsys, command(folder / "run", "--steps", 4, "--save-every", 1), 2)
+        assert "Permission denied" in said and "untouched" in said
+        assert train_module.read_checkpoint(folder / "run/last.pt")["step"] == 2
 
 
 def test_a_folder_that_vanishes_is_made_again_and_the_weights_are_saved(tmp_path, capsys, monkeypatch):
@@ -387,6 +488,16 @@ def test_the_mean_over_an_interval_is_that_of_its_sound_steps(tmp_path, capsys, 
     run(capsys, command(tmp_path / "four", "--steps", 4, "--lr", 0, "--log-every", 4))
     one, (four,) = lines(tmp_path / "one"), lines(tmp_path / "four")
     assert four["loss"] == pytest.approx((one[0]["loss"] + one[3]["loss"]) / 2) and four["skipped"] == 2
+
+
+def test_a_mean_that_is_gone_on_with_at_another_interval_is_that_of_its_steps(tmp_path, capsys, monkeypatch):
+    run(capsys, command(tmp_path / "each", "--steps", 9))
+    at_step(monkeypatch, 6, lambda: os.kill(os.getpid(), signal.SIGINT))
+    run(capsys, command(tmp_path / "five", "--steps", 9, "--log-every", 5), 130)
+    at_step(monkeypatch, -1, None)
+    run(capsys, command(tmp_path / "five", "--steps", 9, "--log-every", 4, "--resume"))
+    each, five = lines(tmp_path / "each"), {row["step"]: row["loss"] for row in lines(tmp_path / "five")}
+    assert five[8] == pytest.approx(sum(row["loss"] for row in each[5:8]) / 3)      # steps 6, 7, 8
 
 
 def test_too_many_broken_steps_in_a_row_end_the_run_and_the_last_good_weights_stay(

@@ -9,7 +9,10 @@ import io
 import json
 import os
 import pickle
+import random
 import re
+import resource
+import shutil
 import signal
 import struct
 import threading
@@ -30,6 +33,7 @@ import dit
 import dtr
 import sample
 import train as train_module
+from experiments import metrics
 
 
 @pytest.fixture(autouse=True)
@@ -487,6 +491,114 @@ def test_a_pipe_in_place_of_a_table_is_not_waited_for(tmp_path, capsys, file):
         (tmp_path / "in/data_batch_1").write_bytes(pickle.dumps(dict(data=FOUR, labels=[0] * 4), 2))
     os.mkfifo(tmp_path / "in" / file)
     assert file in refused(capsys, train_module.cli, *command(tmp_path / "out", "--data", tmp_path / "in"))
+
+
+# ---------------------------------------------------------------------------------------------- chance
+
+
+def harmed(raw, rng):
+    """Some bytes changed, cut off, put in or left out, half of them near the beginning."""
+    raw = bytearray(raw)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        at = rng.randrange(max(1, len(raw) if rng.random() < 0.5 else min(len(raw), 300)))
+        n, how = rng.choice([1, 4, 100]), rng.randrange(6)
+        raw[at : at + (0, n, n, 1, 4, len(raw))[how]] = (
+            rng.randbytes(n), b"", rng.randbytes(n), rng.randbytes(1), b"\xff" * 4, b"")[how]
+    return bytes(raw)
+
+
+def rezipped(raw, rng):
+    """A checkpoint whose pickle is harmed and whose checksums are right."""
+    made = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(made, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, harmed(old.read(name), rng) if name.endswith("data.pkl") else old.read(name))
+    return made.getvalue()
+
+
+def idx_of(a):
+    return bytes([0, 0, 8, a.ndim]) + b"".join(struct.pack(">I", n) for n in a.shape) + a.tobytes()
+
+
+def sources(folder, good):
+    """{kind: (file that is harmed, programs that read it)}"""
+    new, patch = folder / "new", ["--set", "patch=4"]
+    reads = lambda place, *more: [(train_module.cli, command(new, "--steps", 1, "--data", place, *more))]
+    draw = ["--n", 1, "--steps", 1, "--device", "cpu", "--out", folder / "g.png"]
+    (folder / "run").mkdir()
+    (folder / "run/last.pt").write_bytes((good[0] / "last.pt").read_bytes())
+    checkpoint = [(sample.cli, [folder / "run/last.pt", *draw]),
+                  (train_module.cli, command(new, "--steps", 1, "--init", folder / "run/last.pt")),
+                  (train_module.cli, command(folder / "run", "--steps", 2, "--resume"))]
+    assert train_module.cli(command(folder / "sharded", "--steps", 1, "--sharded-save")) == 0
+    shards = next(folder.glob("sharded/shards-*"))
+    torch.save(golden("dit")[1], folder / "theirs.pt")
+    native(folder / "native", latents=noise(4, 4, 8, 8).astype(np.float32))
+    (folder / "idx").mkdir()
+    for part in ("train", "t10k"):
+        (folder / f"idx/{part}-images-idx3-ubyte").write_bytes(idx_of(noise(4, 28, 28)))
+        (folder / f"idx/{part}-labels-idx1-ubyte").write_bytes(idx_of(noise(4, top=9)))
+    (folder / "mar/cat").mkdir(parents=True)
+    for i in range(3):
+        np.savez(folder / f"mar/cat/{i}.npz", moments=noise(8, 4, 4) / 99, moments_flip=noise(8, 4, 4) / 99)
+    (folder / "edm/0").mkdir(parents=True)
+    for i in range(3):
+        np.save(folder / f"edm/0/img-mean-std-{i}.npy", noise(8, 8, 8) / 99)
+    (folder / "edm/dataset.json").write_text(json.dumps(
+        dict(labels=[[f"0/img-mean-std-{i}.npy", i] for i in range(3)])))
+    (folder / "cifar").mkdir()
+    for i in range(1, 6):
+        (folder / f"cifar/data_batch_{i}").write_bytes(pickle.dumps(dict(data=FOUR, labels=[0] * 4), 2))
+    np.savez(folder / "s.npz", arr_0=noise(5, 28, 28, 1).repeat(3, 3), arr_1=np.arange(5))
+    kinds = {"checkpoint": (folder / "run/last.pt", checkpoint), "its pickle": (folder / "run/last.pt", checkpoint),
+             "shard": (shards / "__0_0.distcp", [(sample.cli, [folder / "sharded/last.pt", *draw])]),
+             "shards' table": (shards / ".metadata", [(sample.cli, [folder / "sharded/last.pt", *draw])]),
+             "official": (folder / "theirs.pt", [(sample.cli, [
+                 "--official", "dit", folder / "theirs.pt", "--set", "heads=4", *draw])]),
+             "npz of metrics": (folder / "s.npz", [(metrics.main, [folder / "s.npz", "--data", "digits"])]),
+             "npz of latents": (folder / "mar/cat/0.npz", reads(folder / "mar", *patch)),
+             "dataset.json": (folder / "edm/dataset.json", reads(folder / "edm", *patch)),
+             "latents of EDM2": (folder / "edm/0/img-mean-std-0.npy", reads(folder / "edm", *patch)),
+             "cifar10": (folder / "cifar/data_batch_2", reads(folder / "cifar", "--set", "patch=8"))}
+    for name in ("latents.npy", "labels.npy", "meta.json"):
+        kinds[name] = folder / "native" / name, reads(folder / "native", *patch)
+    for name in ("images-idx3", "labels-idx1"):
+        kinds[name] = folder / f"idx/train-{name}-ubyte", reads(folder / "idx")
+    picture = Image.fromarray(noise(24, 24, 3))
+    for kind, more in (("PNG", {}), ("JPEG", {}), ("TIFF", {}), ("GIF", dict(save_all=True, append_images=[picture])),
+                       ("WEBP", {}), ("BMP", {}), ("PPM", {})):
+        place = pictures(folder / kind, encoded(picture, kind, **more))
+        kinds[kind] = place / "cat/1.png", reads(place, "--image-size", 14)
+    return kinds
+
+
+@pytest.mark.parametrize("times", [12, pytest.param(300, marks=pytest.mark.long)])
+def test_files_harmed_by_chance_are_read_or_refused_in_one_line(tmp_path, capsys, good, times, monkeypatch):
+    monkeypatch.setattr(metrics, "evaluate", lambda *a: {})     # that is slow; the file has been read
+    rng, codes = random.Random(times), {}
+    for kind, (file, ways) in sources(tmp_path, good).items():
+        whole = file.read_bytes()
+        for i in range(times):
+            raw = rezipped(whole, rng) if kind == "its pickle" else harmed(whole, rng)
+            for program, argv in ways:
+                for other in tmp_path.glob("run/*.jsonl"):
+                    other.unlink()
+                file.write_bytes(raw)
+                capsys.readouterr()
+                began, before = time.time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                with warnings.catch_warnings(record=True) as warned:
+                    warnings.filterwarnings("ignore", module="PIL")
+                    code = program([str(a) for a in argv])
+                said = capsys.readouterr().err
+                note = f"{kind} {i} {argv}: {code} {said} {[str(w.message) for w in warned]}"
+                assert code in (0, 2) and said.count("\n") == code // 2 and not warned, note
+                assert time.time() - began < 20, note
+                assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000, note      # kB
+                codes[kind, code] = codes.get((kind, code), 0) + 1
+                shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        file.write_bytes(whole)
+    print(codes)
+    assert all(codes.get((kind, 2), 0) for kind, _ in codes), codes
 
 
 # ------------------------------------------------------------------------------------------ downloads

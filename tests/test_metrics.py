@@ -239,6 +239,13 @@ def test_a_broken_npz_is_one_line_and_exit_2(tmp_path, capsys, arrays, word):
     assert code == 2 and error.count("\n") == 1 and word in error, error
 
 
+def test_an_npz_that_unpacks_to_a_thousand_times_itself_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(metrics.data, "LIMIT", 1 << 20)             # else 1 GB is fine
+    np.savez_compressed(tmp_path / "s.npz", arr_0=np.zeros((600, 28, 28, 3), np.uint8), arr_1=np.zeros(600, int))
+    assert metrics.main([str(tmp_path / "s.npz"), "--data", "digits"]) == 2
+    assert "unpacks to" in capsys.readouterr().err
+
+
 def test_bad_arguments_are_one_line_and_exit_2(tmp_path, capsys):
     (tmp_path / "s.npz").write_bytes(b"PK\x03\x04 no zip")
     for argv, word in ([[str(tmp_path / "s.npz"), "--data", "digits"], "cannot be read"],

@@ -176,6 +176,18 @@ def test_a_killed_npz_goes_on_where_it_was_to_the_same_bits(tmp_path, capsys, mo
         assert np.array_equal(a, b)
 
 
+def test_ctrl_c_leaves_no_half_file_and_a_damaged_list_of_parts_is_named(tmp_path, capsys, monkeypatch, official):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(sample.np.lib.format, "write_array_header_1_0", stop)         # while it writes the npz
+        argv = [str(a) for a in (*official, "--n", 8, "--npz", tmp_path / "s.npz")]
+        assert sample.cli(argv) == 130
+    assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "s.npz").exists()
+    (tmp_path / "s.npz.parts/about.json").write_text('{"seed')
+    assert "about.json" in refused(capsys, *argv)
+
+
 def test_another_checkpoint_is_not_mixed_in(tmp_path, capsys, official):
     folder = sample.parts_of(tmp_path / "s.npz")
     args = sample.parse_args([str(a) for a in [*official, "--npz", tmp_path / "s.npz"]])
