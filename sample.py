@@ -210,8 +210,8 @@ def film(file, model, path, labels, decode, frames=10, **options):
 
 @torch.no_grad()
 def maps(file, model, path, labels, decode, frames=6, **options):
-    """For each picture two rows: x_t, and below it the compute that every token got in the step that
-    led there (mean over layers; dark little, bright much, one scale for the whole sheet)."""
+    """For each picture two rows: x_t, and below it the compute that every token got in the step
+    that led there (mean over layers; dark little, bright much, one scale for the whole sheet)."""
     watch = Watch(model)
     seen = [x.cpu() for _, x, _ in walk(watch, path, labels, **options)]
     calls = len(watch.seen) // len(seen)                                        # heun asks twice

@@ -204,7 +204,8 @@ def main(argv=None):
     count = train.number(int, 1, 10**6)
     p.add_argument("--dense", type=Path, help="checkpoint of a dense DiT")
     p.add_argument("--ours", type=Path, nargs="+", help="checkpoints of DyDiT fine-tuned from it")
-    p.add_argument("--curve", type=count, metavar="STEPS", help="fine-tune --dense, watch the ratio")
+    p.add_argument("--curve", type=count, metavar="STEPS",
+                   help="fine-tune --dense, watch the ratio")
     p.add_argument("--target", type=train.number(float, 0, 1), default=0.5, help="lambda of --curve")
     p.add_argument("--rounds", type=count, help="default: 15 forwards, or 3 sampling runs")
     p.add_argument("--batch", type=count, default=4, help="of the forwards")

@@ -36,7 +36,7 @@ def main(argv):
         raise Refusal(f"{args.checkpoint} holds {saved['name']}, not dydit")
     out, classes = args.out or args.checkpoint.parent, max(model.cfg.classes, 1)
     tables = timetable(model).repeat_interleave(3, dim=2)                       # rows 3 pixels high
-    tables = F.pad(tables, (1, 1, 1, 0))                # a grey frame: the first row is always white
+    tables = F.pad(tables, (1, 1, 1, 0))                # a grey frame: the first row is white
     write_grid(out / "timetable.png", tables, columns=2, gap=4, zoom=2)
     print(f"{out / 'timetable.png'}: heads (left) and groups that are on, by time (data, noise)")
     maps(out / "tokens.png", model, path, torch.arange(6) % classes, lambda x: x)

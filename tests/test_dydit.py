@@ -86,12 +86,12 @@ def test_parameters_and_gmacs_are_the_papers(name, total, routers, products, mac
     count = [sum(p.numel() for p in m.parameters()) for m in (ours, dense)]
     assert count == [total, total - routers]
     cost = dydit.cost(dydit.size(name))
-    assert macs is None or round(cost["GMAC (the paper's count)"], 4) == macs   # 6.07, 23.02, 118.69
+    assert macs is None or round(cost["GMAC (the paper's count)"], 4) == macs
     assert macs is None or round(cost["GMAC"], 4) == products
     assert cost["GMAC"] == dit.cost(dit.size(name))["GMAC"]
 
 
-@pytest.mark.parametrize("name, attention, mlp", [      # GMAC of a block, as the authors' code has it
+@pytest.mark.parametrize("name, attention, mlp", [      # GMAC of a block in the authors' code
     ("S/2", 0.201326592, 0.301989888), ("B/2", 0.704643072, 1.207959552),
     ("XL/2", 1.50994944, 2.717908992)])
 def test_a_block_costs_what_the_authors_table_says(name, attention, mlp):
@@ -390,7 +390,8 @@ def test_both_halves_of_guidance_share_heads_and_groups():
 
 @pytest.mark.parametrize("solver, steps, times", [
     ("euler", 4, [1, 0.75, 0.5, 0.25]), ("heun", 2, [1, 0.5, 0.5, 0]), ("euler", 1, [1]),
-    ("ddpm", 4, [0.999, 0.666, 0.333, 0]), ("ddim", 5, [0.8, 0.6, 0.4, 0.2, 0]), ("dpm++", 3, None)])
+    ("ddpm", 4, [0.999, 0.666, 0.333, 0]), ("ddim", 5, [0.8, 0.6, 0.4, 0.2, 0]),
+    ("dpm++", 3, None)])
 @pytest.mark.parametrize("scale", [1.0, 2.0])
 def test_any_sampler_gets_the_masks_of_the_original_time(solver, steps, times, scale):
     """Whatever steps are left out, and the same pictures as with masks."""
@@ -405,7 +406,8 @@ def test_any_sampler_gets_the_masks_of_the_original_time(solver, steps, times, s
             return out, aux
 
         f = diffusion.guide(watched, y, 10, scale)
-        ends += run(lambda: list(path.trajectory(f, x, steps, solver, noise=lambda i: x.roll(i)))[-1:])
+        walk = path.trajectory(f, x, steps, solver, noise=lambda i: x.roll(i))
+        ends += run(lambda: list(walk)[-1:])
     sliced, masked = ends
     assert sliced[0] == 0 and furthest(sliced[1], masked[1]) < 1e-10 * sliced[1].abs().max()
     assert times is None or [t for t, _ in seen] == pytest.approx(times * 2, abs=1e-6)
@@ -476,7 +478,8 @@ def test_one_copy_is_cut_per_pattern_and_it_is_the_newest():
     assert not any("kept" in k for k in model.state_dict())
     patterns = set()
     for t in (*torch.linspace(0, 1, 12).tolist(), 0.4):     # what was kept is not what is on now
-        (masked, aux), (sliced, _) = (run(model, *inputs(SMALL, t=t), fast=f) for f in (False, True))
+        args = inputs(SMALL, t=t)
+        (masked, aux), (sliced, _) = (run(model, *args, fast=f) for f in (False, True))
         assert furthest(masked, sliced) < 1e-5
         patterns.add(tuple(aux["groups"][0].flatten().tolist()))
     assert len(patterns) > 5
@@ -756,9 +759,9 @@ def test_figures_5_and_6_are_drawn(runs, tmp_path, capsys):
     assert timetable_cli([str(file), "--out", str(tmp_path), "--device", "cpu"]) == 0
     assert sample.cli([str(file), "--maps", "--n", "6", "--steps", "6", "--device", "cpu"]) == 0
     said = capsys.readouterr().out
-    assert said.count("compute per token 1.000") == 12 and "heads (left)" in said      # nothing is off yet
+    assert said.count("compute per token 1.000") == 12 and "heads (left)" in said   # all is on
     table = Image.open(tmp_path / "timetable.png").convert("L")
-    assert sorted(v for _, v in table.getcolors()) == [128, 255]               # the frame, and all on
+    assert sorted(v for _, v in table.getcolors()) == [128, 255]   # the frame, and all on
     for picture in (tmp_path / "tokens.png", file.with_name("maps.png")):
         assert min(Image.open(picture).size) > 100
     for wrong in ([str(runs[0] / "last.pt")], [], [str(file), "--device", "nowhere"]):
