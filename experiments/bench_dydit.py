@@ -101,8 +101,6 @@ def forward_times(dim, heads, target, kind, batch, n, depth=6, device="cpu"):
 
 
 def open_model(file, name, device):
-    if file is None:
-        raise train.Refusal("--dense CKPT is missing")
     model, path, saved = sample.load(file, device=device)
     if saved["name"] != name:
         raise train.Refusal(f"{file} holds {saved['name']}, not {name}")
@@ -213,6 +211,8 @@ def main(argv=None):
     p.add_argument("--out", type=Path, default=Path("runs"))
     args = p.parse_args(argv)
     device = train.join(args.device)[2]
+    if (args.curve or args.ours) and not args.dense:
+        raise train.Refusal("--ours and --curve need --dense")
     torch.set_num_threads(1)
     train.keep_memory()                                     # as train.py and sample.py do
     args.out.mkdir(parents=True, exist_ok=True)

@@ -122,7 +122,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "CASES", {})
     monkeypatch.setattr(bench_dydit, "forward_times", lambda *a, **k: dict(static_s=1.0))
     monkeypatch.setattr(bench_dydit, "curve", lambda dense, *a: refuse_all(dense))
-    monkeypatch.setattr(bench_dydit, "sampling_times", lambda *files: refuse_all(*files[:2]))
+    monkeypatch.setattr(bench_dydit, "sampling_times", lambda *files, **_: refuse_all(*files[:2]))
     metrics.training_data.cache_clear(), metrics.real_features.cache_clear()
     here = tmp_path / "here"
     for c in ("a", "b"):
