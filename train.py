@@ -297,15 +297,20 @@ def make_models(args, module, cfg, dense, device):
         raise Refusal(f"{args.model}: {str(e).splitlines()[0]}") from None
     if dense and not grown:
         load_exactly(model, dense["ema"], args)
-    model = model.to(device).train()
-    ema = module.Model(model.cfg).to(device).eval().requires_grad_(False)
+    model = place(args, model.train(), device)
+    ema = place(args, module.Model(model.cfg).eval().requires_grad_(False), device)
     ema.load_state_dict(model.state_dict())
-    if args.fsdp:
-        shard(model, device, args.amp), shard(ema, device, args.amp)
     if args.checkpointing:                          # forget activations, compute them again
         for block in model.blocks:
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
     return model, ema
+
+
+def place(args, model, device):
+    """To the device; with --fsdp only this process's slices: the whole might not fit there."""
+    if args.fsdp:
+        shard(model, device, args.amp)              # moves a block, cuts it, and so on
+    return model.to(device)
 
 
 def load_exactly(model, state, args):

@@ -9,6 +9,7 @@ import pickle
 import struct
 import sys
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -433,6 +434,16 @@ def test_threads_may_read_array_headers_at_the_same_time(tmp_path):
             assert set(pool.map(read, [0, 1, 2, 3] * 200)) == {(1, 4, 8, 8)}
     finally:
         sys.setswitchinterval(interval), gc.set_threshold(*threshold), gc.callbacks.remove(busy)
+
+
+def test_a_batch_of_latents_reads_no_more_than_itself(tmp_path):
+    write_native(tmp_path, np.zeros((2000, 8, S, S), np.float16), np.arange(2000) % 3)      # 2 MB
+    some = load(tmp_path)
+    tracemalloc.start()
+    some.batch([3, 1700])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 200_000
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="reads Linux's /proc")

@@ -88,15 +88,21 @@ def race(top=None):
 
 
 def precision(top):
-    """Under FSDP and bf16: in which type do weights arrive where they are used, and time?"""
-    found = {}
+    """Under FSDP and bf16: in which type do weights arrive where they are used, and time? And what
+    is moved to the device, whole weights or slices?"""
+    found, to = {}, torch.nn.Module.to
+
+    def watched(m, *where):                 # a model that does not fit on a GPU is cut before
+        seen["moved"] |= {type(p).__name__ for p in m.parameters()}
+        return to(m, *where)
+    torch.nn.Module.to = watched
     for name in MODELS:
         args = train_module.parse_args(command(top / "none", name, "--fsdp", "--amp", "bf16"))
         module, path = importlib.import_module(name), RectifiedFlow()
         cfg = train_module.make_config(args, module, path, None, None)
+        seen = found[name] = {"router": set(), "attention": set(), "t": set(), "moved": set()}
         model, _ = train_module.make_models(args, module, cfg, None, torch.device("cpu"))
-        seen = found[name] = {"router": set(), "attention": set(), "t": set(),
-                              "kept": {str(p.dtype) for p in model.parameters()}}
+        seen["kept"] = {str(p.dtype) for p in model.parameters()}
 
         def look(m, inputs):
             kind = ("router" if type(m).__name__.endswith("Router") else
@@ -109,6 +115,7 @@ def precision(top):
             m.register_forward_pre_hook(look)
         with torch.autocast("cpu", torch.bfloat16):
             model(torch.randn(2, cfg.channels, cfg.size, cfg.size), torch.rand(2), torch.arange(2))
+    torch.nn.Module.to = to
     (top / "precision").write_text(json.dumps(found, default=list))
 
 
@@ -217,6 +224,7 @@ def test_sharded_weights_travel_in_bf16_but_a_router_s_and_the_time_do_not(top, 
     seen = json.loads((top / "precision").read_text())[model]
     assert seen["attention"] == ["torch.bfloat16"] and seen["t"] == seen["kept"] == ["torch.float32"]
     assert seen["router"] == ["torch.float32"] * (model not in ("dit", "dtr"))
+    assert seen["moved"] == ["DTensor"]
 
 
 def test_torchrun_takes_the_lines_of_the_readme(monkeypatch):
