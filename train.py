@@ -167,11 +167,12 @@ def share_of_lr(args, step):
 
 
 def get_batches(args, data, cfg, rank, world, step):
-    """The pictures of this process at this step: [(x0, y, draw), ...], one entry per --accum."""
+    """The pictures of this process at this step: [(x0, y, draw), ...], one entry per --accum. Each
+    is this process's share of what one process alone would see: some losses look at a whole."""
     ids = order(len(data), args.seed, step * args.batch, (step + 1) * args.batch)
-    mine = torch.arange(args.batch).chunk(world)[rank]
     batches = []
-    for rows in mine.chunk(args.accum):
+    for part in torch.arange(args.batch).chunk(args.accum):
+        rows = part.chunk(world)[rank]
         draw = Draw(args.seed, step, args.batch, rows)
         x0, y = data.batch(ids[rows], draw)
         forget = draw.uniform("forget") < args.drop

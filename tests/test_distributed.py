@@ -51,6 +51,8 @@ def jobs(top):
     """name -> the command line of every process, all for two processes, in this order."""
     both = {f"{model}-{engine}": command(top / f"{model}-{engine}", model, *flag)
             for model in MODELS for engine, flag in (("ddp", []), ("fsdp", ["--fsdp"]))}
+    both |= {f"{model}-accum": command(top / f"{model}-accum", model, "--accum", 2)
+             for model in ("ditmoe", "racedit", "dydit")}
     both |= {f"accum-{engine}": command(top / f"accum-{engine}", "dit", "--accum", 2, *flag)
              for engine, flag in (("ddp", []), ("fsdp", ["--fsdp", "--checkpointing"]))}
     both |= {"two-then-one": command(top / "two-then-one", "racedit", "--fsdp", "--steps", 3),
@@ -211,6 +213,9 @@ def test_accumulated_gradients_of_two_processes_are_those_of_one(top, tmp_path):
     one(tmp_path, "dit")
     agree(lines(top / "accum-fsdp"), lines(tmp_path))
     agree(lines(top / "accum-ddp", "previous_metrics.jsonl"), lines(tmp_path))
+    for model in ("ditmoe", "racedit", "dydit"):    # their losses look at all pictures of a forward
+        one(tmp_path / model, model, "--accum", 2)
+        agree(lines(top / f"{model}-accum"), lines(tmp_path / model))
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])

@@ -160,6 +160,19 @@ def test_a_share_of_the_labels_is_hidden(drop, low, high):
     assert low <= (y == 10).float().mean() <= high
 
 
+def test_a_forward_sees_the_same_pictures_however_many_processes_share_it():
+    args = train_module.parse_args(["--model", "dit", "--tiny", "--batch", "24", "--accum", "3"])
+    cfg, every = dit.Config(classes=10), load_once("digits")
+
+    def seen(world):                        # -> three forwards, each of all processes together
+        each = [train_module.get_batches(args, every, cfg, rank, world, 7) for rank in range(world)]
+        return [torch.cat([x0 for x0, _, _ in parts]) for parts in zip(*each)]
+    alone = seen(1)
+    assert [len(x0) for x0 in alone] == [8, 8, 8] and len(torch.cat(alone).unique(dim=0)) == 24
+    for world in (2, 4):
+        assert all(map(torch.equal, seen(world), alone))
+
+
 def test_a_file_gets_its_name_when_it_is_on_the_disk(tmp_path, monkeypatch):
     """Or a power cut may leave a name with nothing behind it. (os is one module for all three.)"""
     done = []
