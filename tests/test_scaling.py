@@ -244,6 +244,34 @@ def test_pictures_become_latents_a_model_samples_and_pictures_again(tmp_path, mo
     assert Image.open(out / "grid.png").size == (2 * 4 * 32 + 2 * 5 * 2, 2 * (32 + 4))
 
 
+def test_the_vae_of_diffusers_encodes_and_decodes(tmp_path):
+    """A tiny one with random weights, loaded as a real one is; only where diffusers is installed."""
+    diffusers = pytest.importorskip("diffusers")
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    vae = diffusers.AutoencoderKL(**blocks, block_out_channels=(8,) * 4, norm_num_groups=4,
+                                  latent_channels=4)
+    vae.save_pretrained(tmp_path / "vae")
+    pictures(tmp_path / "in", 24, side=32)
+    folders = ["--images", tmp_path / "in", "--out", tmp_path / "latents", "--vae", tmp_path / "vae"]
+    assert data.main([str(a) for a in ["encode", *folders, "--size", 32, "--device", "cpu"]]) == 0
+    about = json.loads((tmp_path / "latents/meta.json").read_text())
+    assert about["scale"] == vae.config.scaling_factor
+    x = torch.from_numpy(data.centre_crop(next((tmp_path / "in/cat").iterdir()), 32).copy())
+    x = x.permute(2, 0, 1)[None].float() / 127.5 - 1
+    with torch.no_grad():
+        found = vae.eval().encode(x).latent_dist
+    read = data.load(tmp_path / "latents")
+    nearest = [(read.batch([i])[0][0] / about["scale"] - found.mean[0]).abs().max() for i in range(12)]
+    assert min(nearest) < 2e-3                                                  # fp16
+    out = tmp_path / "out"
+    argv = ["--model", "dit", "--tiny", "--set", "dim=32", "depth=2", "heads=2", "--steps", 1,
+            "--batch", 4, "--data", tmp_path / "latents", "--device", "cpu", "--out", out]
+    assert train_module.cli([str(a) for a in argv]) == 0
+    assert sample.cli([str(a) for a in [out / "last.pt", "--n", 4, "--steps", 2, "--vae",
+                                        tmp_path / "vae", "--device", "cpu"]]) == 0
+    assert Image.open(out / "grid.png").size == (2 * 4 * 32 + 2 * 5 * 2, 2 * (32 + 4))
+
+
 ENCODE = """
 import sys, time
 sys.path[:0] = ["tests", "."]
