@@ -122,7 +122,7 @@ class Data:
         return {"mean": x.mean(1).tolist(), "std": x.std(1).tolist(), "warning": warning}
 
     def describe(self):
-        """One line; of latents a second with their statistics, and a third if their scale is odd."""
+        """One line; of latents a second with their statistics, a third if their scale is odd."""
         what = "latents" if self.latent else "pictures"
         text = (f"{self.source}: {len(self):,} {what} {self.size}x{self.size}x{self.channels} "
                 f"in {self.classes} classes" + (f", {self.note}" if self.note else ""))

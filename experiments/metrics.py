@@ -208,8 +208,8 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def fidelity(file, reference, device):
-    """FID and IS by Inception, precision and recall by VGG. reference: an npz with arr_0, or a folder
-    of pictures of the same size.
+    """FID and IS by Inception, precision and recall by VGG. reference: an npz with arr_0, or a
+    folder of pictures of the same size.
 
     Not the published figures: ADM's evaluator takes the FID to the mean and covariance of all of
     ImageNet, and precision and recall by Inception, too. Its reference file holds 10,000 pictures

@@ -220,7 +220,8 @@ def test_accumulated_gradients_of_two_processes_are_those_of_one(top, tmp_path):
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp"])
 def test_accumulation_sends_gradients_once_a_step(top, engine):
-    one, two = (json.loads((top / f"{name}-{engine}-0.sent").read_text()) for name in ("dit", "accum"))
+    one, two = (json.loads((top / f"{name}-{engine}-0.sent").read_text())
+                for name in ("dit", "accum"))
     assert two["gloo:all_reduce"] == one["gloo:all_reduce"] >= 5        # reduce_scatter is one, too
 
 
