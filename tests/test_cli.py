@@ -297,6 +297,7 @@ OUTPUTS = [("sample", ["run/last.pt", "--out", "run/last.pt"]), ("sample", ["run
            ("sample", ["run/last.pt", "--out", "pictures"]),
            ("sample", ["run/last.pt", "--npz", "pictures"]),
            ("train", command("run", "--data", "nowhere")), ("train", command("run", "--init", "broken.pt")),
+           ("train", command("new", "--init", "run/last.pt", "--set", "dim=32")),
            ("train", command("run", "--set", "dim=7")), ("train", command("a/b/c", "--set", "dim=7")),
            ("train", command("pictures", "--data", "pictures"))]
 

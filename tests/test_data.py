@@ -149,6 +149,15 @@ def test_a_damaged_idx_file_is_refused_by_name(idx, harm, word):
     refused(idx[0], path, word, split="test")
 
 
+def test_the_label_255_makes_256_classes(idx):
+    folder, arrays = idx
+    labels = arrays["train"][1].copy()
+    labels[-1] = 255
+    write_idx(folder / "train-labels-idx1-ubyte.gz", labels)
+    some = load(folder)
+    assert some.classes == 256 and some.batch(torch.arange(len(some)))[1].max() == 255
+
+
 def test_a_cut_gz_file_a_missing_file_and_a_wrong_count_are_refused(idx):
     folder = idx[0]
     path = folder / "train-images-idx3-ubyte.gz"
