@@ -982,8 +982,10 @@ def parse_args(argv):
     command.add_argument("--rank", type=int, default=int(os.environ.get("RANK", 0)))
     command.add_argument("--world", type=int, default=int(os.environ.get("WORLD_SIZE", 1)))
     args = parser.parse_args(argv)
-    if not (0 <= args.rank < args.world and args.batch > 0 and 8 <= args.size <= 4096):
-        raise DataError("needs 0 <= rank < world, batch > 0 and 8 <= size <= 4096")
+    if not (0 <= args.rank < args.world <= 100_000 and 0 < args.batch <= 1 << 20
+            and 8 <= args.size <= 4096):
+        raise DataError("needs 0 <= rank < world <= 100,000, a batch of 1 to 1,048,576 and a size "
+                        "of 8 to 4096")
     return args
 
 

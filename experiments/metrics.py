@@ -306,7 +306,7 @@ def main(argv=None):
                         "npz or folder, not the judge (pip install torch-fidelity)")
     try:
         args = parser.parse_args(argv)
-        join(args.device)
+        args.device = str(join(args.device)[2])
         if args.json and not args.json.endswith(".json"):
             raise DataError(f"--json {args.json}: must end in .json")
         if not Path(args.file).is_file():

@@ -135,7 +135,7 @@ def main(argv):
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = p.parse_args(argv)
-    join(args.device)
+    args.device = str(join(args.device)[2])
     model, path, saved = load(args.checkpoint, device=args.device)
     if saved["name"] != "ditmoe":
         raise Refusal(f"{args.checkpoint} is a {saved['name']}: only ditmoe has these experts")

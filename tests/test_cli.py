@@ -299,7 +299,8 @@ OUTPUTS = [("sample", ["run/last.pt", "--out", "run/last.pt"]), ("sample", ["run
            ("train", command("run", "--data", "nowhere")), ("train", command("run", "--init", "broken.pt")),
            ("train", command("new", "--init", "run/last.pt", "--set", "dim=32")),
            ("train", command("run", "--set", "dim=7")), ("train", command("a/b/c", "--set", "dim=7")),
-           ("train", command("pictures", "--data", "pictures"))]
+           ("train", command("pictures", "--data", "pictures")),
+           ("data", BASE["data"] + ["--world", "1" + "0" * 25]), ("data", BASE["data"] + ["--batch", "1" + "0" * 25])]
 
 
 @pytest.mark.parametrize("program, argv", OUTPUTS)
