@@ -36,7 +36,7 @@ MODELS = {                  # settings that make the model's own losses do somet
     "dydit": ["hold=0", "ramp=2", "complete=2", "head_bias=1", "channel_bias=1", "token_bias=1"]}
 WATCHED = ("dit-ddp", "dit-fsdp", "accum-ddp", "accum-fsdp")       # what they send is counted
 COMMON = ("--tiny --steps 5 --batch 8 --lr 1e-3 --warmup 0 --cooldown 0 --log-every 1 "
-          "--sample-every 0 --device cpu --amp off").split()
+          "--sample-every 0 --device cpu --amp off --clip 0.3").split()     # nearly all norms are above
 
 
 ANT = ["--path", "ddpm", "--weighting", "ant-uw", "--clusters", "3", "--accum", "2"]    # 8 / 3

@@ -144,6 +144,17 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] >= 3
 
 
+def test_a_gradient_longer_than_the_limit_is_cut_to_it_and_a_shorter_one_is_left_alone():
+    model, path = torch.nn.Linear(3, 2, bias=False), train_module.RectifiedFlow()
+    for limit, kept in ((1.0, 1.0), (5.0, 5.0), (7.0, 5.0), (0.0, 5.0)):            # 0: no limit
+        model.weight.grad = given = torch.tensor([[3.0, 0, 0], [0, 4.0, 0]])
+        before = given.clone()
+        assert train_module.clip_gradients(limit, model, path, 1) == 5      # as it was, for the log
+        assert model.weight.grad.norm() == pytest.approx(kept, rel=1e-5)
+        assert torch.equal(model.weight.grad, before) == (kept == 5)
+    assert train_module.clip_gradients(1.0, model, path, 1) == 5
+
+
 def test_accumulation_gives_the_gradient_of_the_whole_batch(tmp_path):
     for name, options in (("one", []), ("four", ["--accum", "4"])):
         train(tmp_path / name, *options, "--amp", "off", model="dit")
