@@ -172,7 +172,8 @@ def held_out(saved):
 
 def fixed(size, data):
     if size not in (None, data.size):
-        raise DataError(f"{data.source}: is {data.size}x{data.size}; --image-size is for image folders")
+        raise DataError(f"{data.source}: is {data.size}x{data.size}; --image-size is for folders "
+                        "of pictures")
     return data
 
 

@@ -189,7 +189,7 @@ class Experts(nn.Module):
             z = F.grouped_mm(x, w1, offs=ends) + b1.index_select(0, owner)      # (R, h)
             z = F.gelu(z, approximate="tanh")
             return F.grouped_mm(z, w2, offs=ends) + b2.index_select(0, owner)   # (R, D)
-        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()                   # one after the other
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()                  # one after the other
         experts = zip(x.split(sizes), w1.unbind(), b1.unbind(), w2.unbind(), b2.unbind())
         return torch.cat([self.one(*expert) for expert in experts])
 

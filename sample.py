@@ -105,8 +105,8 @@ def generate(model, path, labels, seed=0, steps=None, solver=None, cfg=2.0, batc
     return torch.cat(parts)
 
 
-def walk(model, path, labels, first=0, seed=0, steps=None, solver=None, cfg=2.0, interval=(0.0, 1.0),
-         channels=None, eta=0.0):
+def walk(model, path, labels, first=0, seed=0, steps=None, solver=None, cfg=2.0,
+         interval=(0.0, 1.0), channels=None, eta=0.0):
     """The sampler's steps (t, x, guess of x0) for the pictures first, first + 1, ... of a seed."""
     solver = solver or path.solvers[0]
     if solver not in path.solvers:
@@ -121,7 +121,8 @@ def walk(model, path, labels, first=0, seed=0, steps=None, solver=None, cfg=2.0,
     def noise(step):                                # -1: where the walk begins
         return index_noise(seed, indices, (c.channels, c.size, c.size), step).to(device)
 
-    return path.trajectory(f, noise(-1), steps or STEPS[solver], solver=solver, eta=eta, noise=noise)
+    return path.trajectory(f, noise(-1), steps or STEPS[solver], solver=solver, eta=eta,
+                           noise=noise)
 
 
 class Watch:
@@ -266,7 +267,7 @@ def parse_args(argv):
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     p.add_argument("--batch", type=count, default=64)
     p.add_argument("--film", action="store_true", help="also film.png: x_t along the way")
-    p.add_argument("--maps", action="store_true", help="also maps.png: compute per token along the way")
+    p.add_argument("--maps", action="store_true", help="also maps.png: compute per token")
     p.add_argument("--npz", type=Path, help="also this file: arr_0 uint8 RGB, arr_1 labels")
     p.add_argument("--vae", help="decoder of latents, such as stabilityai/sd-vae-ft-ema")
     p.add_argument("--weights", choices=("ema", "raw"), default="ema")

@@ -766,7 +766,7 @@ def sweep_shards(out):
 class Shards(FileSystemReader):
     """torch keeps the table of contents of a sharded checkpoint as a pickle, and loads it freely.
     Here it may hold what such a table is made of, and nothing else; the pieces that it tells of are
-    checked as whole files are. Python's own unpickler: C's makes room for whatever a file claims."""
+    checked as whole files are. Python's own unpickler: C's makes room for what a file claims."""
 
     def __init__(self, out, name):
         super().__init__(out / Path(name).name)
@@ -852,7 +852,7 @@ def restore(args, saved, model, ema, optimizers, path):
 
 
 def check_moments(optimizer):
-    """The fused kernel trusts shapes: a moment that is too small would be written beyond its end."""
+    """The fused kernel trusts shapes: a moment that is too small would be overrun."""
     for p, state in optimizer.state.items():
         for k, wanted in (("exp_avg", p), ("exp_avg_sq", p), ("step", torch.zeros(()))):
             v = state[k]
@@ -986,8 +986,8 @@ def dry_run(args, module, cfg, path):
     bf16 = args.amp != "off"                        # what auto means on a GPU
     loss_of = getattr(module, "loss", default_loss)
     plans = plan_memory(model, path.to("meta"), loss_of, pictures, args.world, bf16)
-    print(f"bytes per GPU, {args.world} x {pictures} pictures, {'bf16' if bf16 else 'float32'}; add "
-          "a fifth of the activations for what lives shortly")
+    print(f"bytes per GPU, {args.world} x {pictures} pictures, {'bf16' if bf16 else 'float32'}; "
+          "add a fifth of the activations for what lives shortly")
     rows = ("weights", "gradients", "optimizer", "ema", "copies", "activations", "sum")
     print(f"{'':28}" + "".join(f"{row:>12}" for row in rows))
     for name, plan in plans.items():
@@ -1137,14 +1137,14 @@ def parse_args(argv):
     p.add_argument("--path", choices=("rf", "ddpm"), help="rectified flow (default) or DDPM")
     p.add_argument("--times", choices=("uniform", "logit-normal"), help="rf: how training draws t")
     p.add_argument("--schedule", choices=("linear", "cosine"), help="ddpm: noise schedule")
-    p.add_argument("--weighting", choices=("none", "min-snr", "p2", "ant-uw"), help="ddpm: of times")
+    p.add_argument("--weighting", choices=("none", "min-snr", "p2", "ant-uw"), help="ddpm: of t")
     p.add_argument("--gamma", type=real, help="of min-snr (5) and p2 (1)")
     p.add_argument("--clusters", type=number(int, 1, DDPM.T), help="of ant-uw (8)")
     p.add_argument("--steps", type=count)
     p.add_argument("--batch", type=number(int, 1, 1 << 20),
                    help="pictures per step, over all processes")
     p.add_argument("--lr", type=real)
-    p.add_argument("--warmup", type=number(int, 0, 10**9), help="steps until the full learning rate")
+    p.add_argument("--warmup", type=number(int, 0, 10**9), help="steps until the full lr")
     p.add_argument("--beta2", type=number(float, 0, 0.9999999), help="of the model's AdamW")
     p.add_argument("--cooldown", type=number(float, 0, 1), help="lr falls to 0 in this last share")
     p.add_argument("--ema", type=number(float, 0, 1), help="decay of the averaged weights")
