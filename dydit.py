@@ -120,7 +120,7 @@ def lambda_step(step, cfg):
 def loss(path, model, x0, y, step, draw):
     """Called by train.py -> the dynamic model's diffusion loss; aux with the two others."""
     cfg = getattr(model, "module", model).cfg
-    quarter = (draw.first + draw.rows) % 4             # every batch has all quarters of time,
+    quarter = (draw.first + draw.rows) % 4             # all quarters of time in turn,
     t = path.grid((quarter + draw.uniform("t")) / 4)
     often = path.density(t)                             # weighted as often as the parent saw them
     noise = draw.normal("noise", *x0.shape[1:])

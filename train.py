@@ -1112,6 +1112,16 @@ class Parser(argparse.ArgumentParser):
         raise Refusal(message)
 
 
+def answer(program, work, argv):
+    """work(argv), as a command line -> exit code: 0, or 2 and one line on stderr."""
+    try:
+        work(argv)
+        return 0
+    except (Refusal, ValueError, OSError) as e:
+        print(f"{program}: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+
+
 def number(kind, low, high=math.inf):
     def parse(text):
         try:

@@ -9,7 +9,6 @@ Letters: N blocks, B pictures, L tokens, D channels, n times."""
 
 import io
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -19,6 +18,7 @@ from data import held_out, write_whole
 from diffusion import index_noise
 from dtr import Config, task_masks, task_table
 from sample import Parser, Refusal, join, load, number
+from train import answer
 
 
 def draw_masks(out):
@@ -114,9 +114,4 @@ def main(argv):
 
 
 def cli(argv):
-    try:
-        main(argv)
-        return 0
-    except (Refusal, ValueError, OSError) as e:
-        print(f"dtr.py: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+    return answer("dtr.py", main, argv)

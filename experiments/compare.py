@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from threading import Lock
 
-from train import Parser, Refusal, number
+from train import Parser, answer, number
 
 HERE = Path(__file__).resolve().parent
 FASHION = ["--tiny", "--data", "fashion-mnist", "--sample-every", "0"]
@@ -154,12 +154,7 @@ def main(argv):
 
 
 def cli(argv):
-    try:
-        main(argv)
-        return 0
-    except (Refusal, ValueError, OSError) as e:
-        print(f"compare: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+    return answer("compare", main, argv)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 import data
 import sample
 from racedit import reach, select
-from train import Parser, Refusal, number
+from train import Parser, Refusal, answer, number
 
 
 def max_violation(shared):
@@ -85,12 +85,7 @@ def main(argv):
 
 
 def cli(argv):
-    try:
-        main(argv)
-        return 0
-    except (Refusal, ValueError, OSError) as e:
-        print(f"race: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+    return answer("race", main, argv)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ Letters: M layers with experts, E experts, L tokens, k chosen per token."""
 import colorsys
 import json
 import math
-import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 
 from ditmoe import moe_layers
 from sample import STEPS, Parser, Refusal, generate, join, load, number, write_grid, write_whole
+from train import answer
 
 
 class Recorder:
@@ -169,9 +169,4 @@ def write_findings(out, recorder, pictures, settings):
 
 
 def cli(argv):
-    try:
-        main(argv)
-        return 0
-    except (Refusal, ValueError, OSError) as e:
-        print(f"ditmoe.py: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+    return answer("ditmoe.py", main, argv)

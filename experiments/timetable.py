@@ -6,13 +6,13 @@ timetable.png: heads (left) and groups of MLP channels (right). Left edge data, 
 noise, t = 1. A row is a head or a group, white where it is on; grey lines part the blocks.
 tokens.png: x_t from noise to data and, below, the compute of its tokens (sample.maps)."""
 
-import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from sample import Parser, Refusal, join, load, maps, write_grid
+from train import answer
 
 
 @torch.no_grad()
@@ -44,9 +44,4 @@ def main(argv):
 
 
 def cli(argv):
-    try:
-        main(argv)
-        return 0
-    except (Refusal, ValueError, OSError) as e:
-        print(f"dydit.py: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
+    return answer("dydit.py", main, argv)
