@@ -1,13 +1,14 @@
 """DiT: a transformer that denoises.   Peebles & Xie 2023, arXiv:2212.09748
 
-The control of this suite: each of the four papers changes one thing in it, and their files read as
-a diff against this one.
+This file is the control of the suite. Each of the four papers changes one thing in DiT, so each of
+their files reads as a diff against this one.
 
-1. Cut the noisy picture into patches; a patch is a token.
-2. Tell every block the time and the class, as one vector c.
-3. c becomes six vectors per block: shift, scale and gate for the attention, the same for the MLP.
-4. Gates start at 0, so a new network is the identity and its output is 0 ("adaLN-Zero").
-5. Project every token back to its patch: the noise, or the velocity, of the picture.
+1. Cut the noisy image into patches. Each patch becomes a token.
+2. Embed the time and the class, and add the two embeddings: one vector c tells every block both.
+3. Each block computes six vectors from c: shift, scale and gate for its attention, and the same
+   three for its MLP ("adaLN").
+4. All gates start at 0. A new network is therefore the identity and predicts 0 ("adaLN-Zero").
+5. The final layer projects every token back to its patch: the predicted noise, or velocity.
 
     x (B, C, S, S) --patches--> x (B, L, D) --> N blocks --> final layer --> (B, C or 2C, S, S)
     t (B,), y (B,) -----------> c (B, D) ----------^---------------^
@@ -15,16 +16,20 @@ a diff against this one.
     a block:  x -+- norm, modulate - attention - *gate1 -(+)-+- norm, modulate - MLP - *gate2 -(+)-
                  +----------------------------------------+  +----------------------------------+
 
-Letters: B batch, C channels, S side of the picture, P side of a patch, L = (S/P)^2 tokens, D width,
-H heads, N depth.  Time: t = 0 is data, t = 1 is noise (diffusion.py says more).
+    x = x + gate1 * Attention(modulate(LN(x), shift1, scale1))   modulate(x) = x (1 + scale) + shift
+    x = x + gate2 * MLP(modulate(LN(x), shift2, scale2))            (DiT, Fig. 3)
+
+Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width,
+H heads, N depth.  Time: t = 0 is data, t = 1 is noise (see diffusion.py).
 Read next: Block.forward, then DiT.forward.
 
-Differences from the paper and from facebookresearch/DiT
-- The model only predicts. Guidance and losses live in diffusion.py, label dropping in train.py.
+Differences from the paper and from the official code (facebookresearch/DiT)
+- The model only predicts. Guidance and losses are in diffusion.py, label dropping is in train.py.
 - t is a float in [0, 1] and the network embeds time_scale * t. The official code feeds the integer
-  step n of 0..999, which is 1000 * t here: the same numbers.
-- learn_sigma is a choice (always on in the official code). Rectified flow has no use for it.
-- classes = 0 makes an unconditional model: one row in the label table, y = 0.
+  step n of 0..999, which is 1000 * t here: the network sees the same numbers.
+- learn_sigma is an option here; the official code always learns the variance. Rectified flow has no
+  variance to learn.
+- classes = 0 makes an unconditional model: the label table has one row, and y = 0.
 - Parameter names and shapes are the official ones, so released weights load without a key map."""
 
 import math
@@ -37,7 +42,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    size: int = 32              # S, side of the picture or latent (ImageNet 256x256: 32)
+    size: int = 32              # S, side of the image or latent (ImageNet 256x256: 32)
     patch: int = 2              # P: 2, 4 or 8
     channels: int = 4           # C: 4 for Stable Diffusion's latents, 1 for digits
     classes: int = 1000         # y = classes means "no class"
@@ -65,10 +70,10 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
 
     def forward(self, x, c):
-        six = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                    # 6 x (B, 1, D)
+        six = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                # 6 x (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = six
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))          # (B, L, D)
-        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))           # (B, L, D)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))      # (B, L, D)
+        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))       # (B, L, D)
         return x
 
 
@@ -89,34 +94,26 @@ class DiT(nn.Module):
         initialize(self)
 
     def forward(self, x, t, y):
-        x = self.x_embedder(x) + self.pos_embed                                     # (B, L, D)
-        c = self.t_embedder(t) + self.y_embedder(y)                                 # (B, D)
+        x = self.x_embedder(x) + self.pos_embed                                 # (B, L, D)
+        c = self.t_embedder(t) + self.y_embedder(y)                             # (B, D)
         for block in self.blocks:
-            x = block(x, c)                                                         # (B, L, D)
-        return unpatchify(self.final_layer(x, c), self.cfg), {}               # (B, C or 2C, S, S)
+            x = block(x, c)                                                     # (B, L, D)
+        return unpatchify(self.final_layer(x, c), self.cfg), {}                 # (B, C or 2C, S, S)
 
 
-Model = DiT                                             # the name train.py and sample.py ask for
-
-
-def from_official(state, heads=None, **overrides):
-    """DiT from a facebookresearch/DiT state dict. heads cannot be read from shapes (XL/2: 16)."""
-    state, fields = read_official(state, heads)
-    model = DiT(replace(Config(), **(fields | overrides)))
-    model.load_state_dict(state)
-    return model
+Model = DiT                                             # the name that train.py looks for
 
 
 def cost(cfg):
-    """Of one picture: 1e9 multiply-accumulates in matrix products (what the papers call Gflops),
-    and how many parameters a token does not use."""
+    """Cost of one image: GMAC, 1e9 multiply-accumulates in matrix products (the papers call them
+    Gflops), and the number of idle parameters: those that a token does not use."""
     L, D = (cfg.size // cfg.patch) ** 2, cfg.dim
     block = 4 * L * D * D + 2 * L * L * D + 8 * L * D * D + 6 * D * D   # qkvo; QK', AV; MLP; adaLN
     return {"idle parameters": 0, "GMAC": (cfg.depth * block + plain_macs(cfg)) / 1e9}
 
 
 # ------------------------------------------------------ plain DiT parts, the same in every file
-# ------------------------------------------------- (tests/test_shared.py fails when they drift)
+# ------------------------------------------------- (tests/papers/test_shared.py keeps them equal)
 
 
 def size(name, **fields):
@@ -133,8 +130,8 @@ def modulate(x, shift, scale):
 
 def attend(q, k, v):
     """softmax(q k' / sqrt(D/H)) v.  q, k, v (B, H, L, D/H) -> (B, H, L, D/H)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward is
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # 3 to 8 x slower than this
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward would
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # be 3 to 8 times slower
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -147,9 +144,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, L, D = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)          # (B, L, 3, H, D/H)
-        x = attend(*qkv.permute(2, 0, 3, 1, 4))                                     # (B, H, L, D/H)
-        return self.proj(x.transpose(1, 2).reshape(B, L, D))                        # (B, L, D)
+        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)            # (B, L, 3, H, D/H)
+        x = attend(*qkv.permute(2, 0, 3, 1, 4))                                 # (B, H, L, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, L, D))                    # (B, L, D)
 
 
 class Mlp(nn.Module):
@@ -163,7 +160,7 @@ class Mlp(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A picture's patches as tokens, row by row.  (B, C, S, S) -> (B, L, D)."""
+    """An image's patches as tokens, row by row.  (B, C, S, S) -> (B, L, D)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -184,7 +181,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         octave = torch.arange(128, device=t.device, dtype=torch.float32) / 128
         angle = self.scale * t.float()[:, None] * torch.exp(-math.log(10000) * octave)  # (B, 128)
-        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)                  # (B, 256)
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)                    # (B, 256)
         return self.mlp(wave.to(self.mlp[0].weight.dtype))
 
 
@@ -209,29 +206,31 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 2 * cfg.dim))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)           # 2 x (B, 1, D)
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)       # 2 x (B, 1, D)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 def unpatchify(x, cfg):
     """(B, L, P*P*C) -> (B, C, S, S). Inside a patch: row, column, channel (channel fastest)."""
     n, P = cfg.size // cfg.patch, cfg.patch
-    x = x.reshape(len(x), n, n, P, P, -1)                                     # (B, n, n, P, P, C)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, cfg.size, cfg.size)      # (B, C, S, S)
+    x = x.reshape(len(x), n, n, P, P, -1)                                       # (B, n, n, P, P, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, cfg.size, cfg.size)  # (B, C, S, S)
 
 
 def sincos_2d(cfg):
-    """Fixed position embedding (1, L, D): first half of D tells the column, second half the row."""
+    """The fixed position embedding (1, L, D): the first half of D encodes the column of a patch,
+    the second half its row."""
     n = cfg.size // cfg.patch
-    omega = 10000 ** -(torch.arange(cfg.dim // 4, dtype=torch.float64) / (cfg.dim // 4))    # (D/4,)
-    angle = torch.arange(n, dtype=torch.float64)[:, None] * omega             # (n, D/4)
-    wave = torch.cat([angle.sin(), angle.cos()], dim=1)                       # (n, D/2)
-    column, row = wave.repeat(n, 1), wave.repeat_interleave(n, dim=0)         # (L, D/2)
+    omega = 10000 ** -(torch.arange(cfg.dim // 4, dtype=torch.float64) / (cfg.dim // 4))  # (D/4,)
+    angle = torch.arange(n, dtype=torch.float64)[:, None] * omega               # (n, D/4)
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)                         # (n, D/2)
+    column, row = wave.repeat(n, 1), wave.repeat_interleave(n, dim=0)           # (L, D/2)
     return torch.cat([column, row], dim=1)[None].float()
 
 
 def initialize(model):
-    """DiT's start: Xavier for linears, N(0, 0.02) for embeddings, zeros where a block ends."""
+    """DiT's initial weights: Xavier for linear layers, N(0, 0.02) for the label table and the time
+    MLP, zeros for all gates and for the output."""
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)
@@ -242,29 +241,11 @@ def initialize(model):
         nn.init.normal_(w.weight, std=0.02)
     for m in (*(b.adaLN_modulation[1] for b in model.blocks), model.final_layer.adaLN_modulation[1],
               model.final_layer.linear):
-        nn.init.zeros_(m.weight)                        # gates and output 0: the network starts as
-        nn.init.zeros_(m.bias)                          # the identity and predicts 0
+        nn.init.zeros_(m.weight)                        # so each block starts as the identity, and
+        nn.init.zeros_(m.bias)                          # the network predicts 0
 
 
 def plain_macs(cfg):
-    """Multiply-accumulates of everything around the blocks: patches, time MLP, final layer."""
+    """Multiply-accumulates outside the blocks: patch embedding, time MLP, final layer."""
     L, D, pixels = (cfg.size // cfg.patch) ** 2, cfg.dim, cfg.patch**2 * cfg.channels
     return L * D * pixels * (2 + cfg.learn_sigma) + (256 + D) * D + 2 * D * D
-
-
-def read_official(state, heads):
-    """A released checkpoint -> its bare state dict, and the Config fields that shapes tell."""
-    for wrapper in ("ema", "model", "module", "state_dict"):
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    if "x_embedder.proj.weight" not in state:
-        raise ValueError("not a DiT checkpoint: it has no x_embedder.proj.weight")
-    dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    if heads is None:
-        raise ValueError("a checkpoint does not tell its heads: pass heads= (S 6, B 12, L, XL 16)")
-    return state, dict(
-        dim=dim, channels=channels, patch=patch, heads=heads,
-        size=math.isqrt(state["pos_embed"].shape[1]) * patch,
-        depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-        classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        learn_sigma=len(state["final_layer.linear.bias"]) == 2 * patch**2 * channels)

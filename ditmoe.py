@@ -1,65 +1,106 @@
-"""DiT-MoE: own eight experts, pay for two.   Fei et al. 2024, arXiv:2407.11633
+"""DiT-MoE: many experts, of which every token runs two.   Fei et al. 2024, arXiv:2407.11633
+"Scaling Diffusion Transformers to 16 Billion Parameters"
 
-1. Replace every MLP by E experts and a router. A token runs only the k = 2 experts that the router
-   likes best: parameters grow with E, the work of a token with k.
-2. The router is one linear layer and a softmax over ALL experts. The probability of a chosen expert
-   is its weight, as it is: the two weights of a token do not sum to 1.
-3. Shared experts serve every token, unasked. They learn what all tokens need, so that E routed
-   experts need not learn it E times over.
-4. Balance loss: left alone, a router may feed a few favourites while the others starve. For each
-   expert, multiply the share of tokens it got by its mean probability; even use keeps the sum low.
-5. Nobody is turned away (no capacity, no dropped token), so a picture does not depend on its batch.
+The question: can a DiT get many more parameters without paying for all of them at every token?
 
-    token t1 -+- router, softmax --- [.1 .5 .1 .3] - top 2 - .5 E2(t1) + .3 E4(t1) -(+)- y1
-              +- shared experts ------------------------------------- 1 Es(t1) ------+
+1. Replace each MLP by E experts and a router. A token runs only the k = 2 experts that its router
+   finds most probable: parameters grow with E, the work per token grows with k.
+2. The router is one linear layer and a softmax over all E experts. The probability of a chosen
+   expert is the weight of its output. It is not renormalised: the k weights do not sum to 1.
+3. Shared experts run for every token, with weight 1. They can learn what all tokens need, so that
+   the routed experts need not all learn it again.
+4. Balance loss: without it a router may send most tokens to a few experts, while the others learn
+   nothing. The loss lowers the probability of experts that are chosen more often than average.
+5. Experts have no capacity limit and no token is dropped: an image does not depend on its batch.
+
+    token t1 -+- router, softmax --- [.1 .5 .1 .3] - top 2 - .5 F2(t1) + .3 F4(t1) -(+)- y1
+              +- shared experts --------------------------------------- Fs(t1) ------+
 
     how it is computed             pairs sorted by expert      one product per expert, added back
-    t1 -> E2, E4                   E1: t3                      y1 = .5 E2(t1) + .3 E4(t1)
-    t2 -> E3, E2        --->       E2: t1 t2          --->     y2 = ...
-    t3 -> E1, E4                   E3: t2    E4: t1 t3         y3 = ...
+    t1 -> F2, F4                   F1: t3                      y1 = .5 F2(t1) + .3 F4(t1)
+    t2 -> F3, F2        --->       F2: t1 t2          --->     y2 = ...
+    t3 -> F1, F4                   F3: t2    F4: t1 t3         y3 = ...
 
-Letters: B batch, C channels, S side of the picture, P side of a patch, L = (S/P)^2 tokens, D width,
+Equations (x: the normed and modulated token that DiT's MLP would get: it knows time and class)
+    probs = softmax(W x)                           chosen = the k experts with the largest probs
+    MoE(x) = sum over chosen e of probs_e F_e(x) + F_s(x)
+    F_e(x) = (silu(x W_gate) * x W_up) W_down, 4D wide inside. F_s: the same form, n_s D wide.
+    L_balance = sum_e f_e p_e,   f_e = E n_e / (k T),   p_e = mean of probs_e    (Eq. 5)
+    L = L_diffusion + alpha * sum over layers of L_balance,   alpha = 0.005
+n_e is the number of tokens that chose e, out of k T pairs: f_e = 1 is a fair share. f is a count
+and therefore a constant; the gradient flows through p.
+
+Where the router's gradient comes from: choosing the top k has none. The router learns because its
+probabilities multiply the outputs of the chosen experts (and through the softmax all logits move),
+and from the balance loss. If the weights are renormalised and k = 1, the weight is always 1: then
+only the balance loss trains the router.
+
+What the balance loss says at its extremes. Even counts: exactly 1, whatever the probabilities. All
+tokens choose the same k experts: E/k, but only if the probabilities have collapsed as well. If 2 of
+8 experts win every token by a gap of 0.01, 1, 3 or 10 between the logits, it is 1.008, 1.90, 3.48
+or 4.00. A value near 1 is thus no proof of even use: watch "load" in aux, not the loss.
+Worked example, E = 4, k = 2, two tokens with probs (.5 .3 .1 .1) and (.4 .1 .3 .2): they choose
+experts 1, 2 and 1, 3. n = (2 1 1 0), f = 4 n / (2 * 2) = (2 1 1 0), p = (.45 .2 .2 .15), so
+L_balance = .9 + .2 + .2 + 0 = 1.3.
+
+Main result (ImageNet 256x256, 250 DDPM steps): XL/2 with 2 of 8 experts FID 1.72, DiT-XL/2 2.27;
+512x512: 2.30 and 3.04. The same name is not the same work: two experts and the shared ones cost
+(24 + 6) D^2 multiplications per token, DiT's MLP 8 D^2, so DiT-MoE-XL/2 costs 2.8 times DiT-XL/2.
+    8 experts, k = 2        S/2     B/2     L/2     XL/2    G/2 (16 experts)
+    parameters              199M    796M    2.8B    4.2B    16.5B
+    activated per token     72M     286M    1.0B    1.5B    3.2B
+    GMAC per image          16      63      222     328     698
+    GMAC of the same DiT    6       23      81      119
+A controlled study of MoE in SiT-XL (arXiv:2607.24665): FID 5.20 dense, 4.65 with experts, 4.62 with
+a shared expert in addition, which is thus worth 0.6 %.
+At initialisation the two chosen probabilities of E = 8 sum to about 0.43, so the routed experts
+begin with less than half of the weight of the shared ones.
+What we found (experiments/README.md has figures and commands): experts specialise by position, yes;
+by step and class: little, and alike on Fashion-MNIST. "Few experts early, all late" (Fig. 7): no,
+the concentration over the steps is U-shaped. With the balance loss every expert stayed in use; that
+proves something only beside a run with alpha = 0.
+
+Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width,
 H heads, N depth, M of the N blocks have experts, E experts, k chosen per token, h width inside an
 expert, T = B*L tokens, R = T*k pairs (token, chosen expert).
-Time: t = 0 is data, t = 1 is noise (diffusion.py says more).
-Read next: route() and balance_loss(), then MoE.forward().  Below the ruler: plain DiT.
-`python ditmoe.py CKPT` shows what the experts of a trained model are chosen for (Figs. 5-7).
+Time: t = 0 is data, t = 1 is noise (see diffusion.py).
+Read next: top_k_gating(), balance_loss(), MoE.forward().  The first ruler ends the paper's part.
 
-Where the paper and the official code (feizc/DiT-MoE) disagree, and what we do
-- An expert is a GELU MLP in the text, a SwiGLU of width 4D without biases in the code. Only SwiGLU
-  fits the paper's own table of parameters: it is the default here, expert=gelu the other. So XL/2
-  with k = 2 multiplies 2.8 times as much as DiT-XL/2, and activates 1.5B of its 4.2B parameters.
-- n_s = 2 shared experts are one SwiGLU of width 2D in the code, as here: the same function as two
-  of width D. Each is thus a quarter as wide as a routed expert.
-- alpha is 0.005 in the paper (our default), 0.01 in the code, which raises an error at alpha = 0.
-- Balance is counted over one picture in the paper (scope=image; we average over pictures), over a
-  process's batch in the code (scope=batch, our default). We count the batch of ALL processes, so
-  that their number does not change the gradient.
-- The code does not add the balance loss to the objective but injects its gradient, which fp16 loss
-  scaling then shrinks. Here it is a summand like any other, and logged as one.
-- In eval mode the official routed experts get no gradient, in training they accept float32 only.
-  Here one path serves both modes and every dtype; the router computes in float32 at least.
-- "Every e-th block has experts" is in the text, every block in the code: moe_layers. Which MLP the
-  other blocks keep is not said; here it is DiT's.
-- G has 32 experts in the text, 16 in the code; its 16.5B parameters need 16.
-- Upcycling (from_dense) is not in the paper. The official script copies one expert of a one-expert
-  MoE and does not preserve the function; ours starts from a plain DiT and does.
-- The official rectified-flow weights (XL, G) embed t in [0, 1] as it is: load them with
-  time_scale=1. New models embed 1000 t, as DDPM does."""
+Where the paper and the official code (feizc/DiT-MoE) differ, and what we do
+- Expert: in the paper a GELU MLP (Eq. 4), in the official code a SwiGLU, 4D wide, without
+  biases. Only the SwiGLU fits the paper's table of parameters: our default. expert=gelu: the MLP.
+- Shared experts: the official code has one SwiGLU, 2D wide, as we do. That is the same function as
+  n_s = 2 of width D, because the hidden channels of a SwiGLU add up. Each is a quarter as wide as a
+  routed expert. In the paper, n_s = 1, 2 and 4 differ little.
+- alpha: the paper tried 0, 0.005, 0.01, 0.05 and 0.5 and takes 0.005, as we do; the official code
+  has 0.01, and stops with an error at 0.
+- Balance over which tokens: the paper counts one image (scope=image; we average over images), the
+  official code the batch of one process. We count the batch of all processes (scope=batch), so that
+  the number of processes does not change the gradient. This is our choice: the batch is the weaker
+  demand, it leaves an image free to prefer some experts.
+- The official code does not add the balance loss to the objective, it injects the gradient in the
+  backward pass. With fp16 loss scaling that gradient is divided by the scale later on, and all but
+  vanishes. Here train.py adds every aux entry whose name ends in _loss.
+- The official routed experts have no gradient in eval mode and accept only float32 in training.
+  Here one path serves both modes and all dtypes. The router computes in float32 (our choice).
+- Blocks with experts: the paper has "every e-th block" and compares the deep with the shallow half;
+  the official code has all. We have moe_layers=all|deep|shallow; the other blocks keep DiT's MLP.
+- G: the paper's text says 32 experts, the official code 16; 16.5B parameters need 16.
+- from_dense is not in the paper. The official script starts from a DiT-MoE with one expert, and the
+  copy computes another function. Ours starts from a plain DiT and keeps the function.
+- The released rectified-flow weights (XL, G) embed t in [0, 1] unscaled: time_scale=1."""
 
 import math
-import sys
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 
 @dataclass
 class Config:
-    size: int = 32              # S, side of the picture or latent (ImageNet 256x256: 32)
+    size: int = 32              # S, side of the image or latent (ImageNet 256x256: 32)
     patch: int = 2              # P: 2, 4 or 8
     channels: int = 4           # C: 4 for Stable Diffusion's latents, 1 for digits
     classes: int = 1000         # y = classes means "no class"
@@ -68,133 +109,82 @@ class Config:
     heads: int = 6              # H. S: 6,   B: 12,  L: 16,   XL: 16,   G: 16
     learn_sigma: bool = True    # 2C output channels, the second C for DDPM's variance
     time_scale: float = 1000.0  # the network embeds time_scale * t; released XL and G: 1
-    experts: int = 8            # E. "8E2A" is experts = 8, k = 2; also 16E2A
+    experts: int = 8            # E. The paper's "8E2A" is experts = 8, k = 2; "16E2A" has 16
     k: int = 2                  # experts that a token runs
     shared: int = 2             # n_s: 1, 2 or 4 shared experts, each D wide inside; 0: none
-    hidden: int = 4             # h / D of a routed expert: 4
-    expert: str = "swiglu"      # swiglu | gelu (DiT's own MLP)
-    renormalize: bool = False   # a token's weights sum to 1; with k = 1 its router learns nothing
-    alpha: float = 0.005        # weight of the balance loss; tried: 0, 0.005, 0.01, 0.05
-    scope: str = "batch"        # batch | image: among which tokens experts must be in balance
-    moe_layers: str = "all"     # all | deep | shallow (half of them) | 2 (every 2nd block), 3 ...
+    hidden: int = 4             # h = hidden * D: a routed expert is 4D wide inside
+    expert: str = "swiglu"      # swiglu | gelu (DiT's MLP, with biases)
+    renormalize: bool = False   # divide the k weights of a token by their sum
+    alpha: float = 0.005        # weight of the balance loss; the official code has 0.01
+    scope: str = "batch"        # batch | image: the tokens among which experts must be in balance
+    moe_layers: str = "all"     # all | deep | shallow (half of them): the blocks with experts
     qk_norm: bool = False       # LayerNorm on queries and keys: released XL and G
 
 
-# TINY's experts are D wide, not 4D: two of them and one shared expert are 9 D^2 multiplications per
-# token, the tiny DiT's MLP is 8 D^2. So the two compare at nearly equal work.
-TINY = Config(size=28, patch=4, channels=1, classes=10, dim=128, depth=6, heads=4,
-              experts=8, k=2, hidden=1, shared=1)
+TINY = Config(size=28, patch=4, channels=1, classes=10, dim=128, depth=6, heads=4)
+# Experts D wide, not 4D: two of them and a shared one cost 3 * 3 D^2 multiplications per token, the
+# MLP of the tiny DiT 8 D^2. So the tiny DiT-MoE and the tiny DiT do nearly equal work.
+TINY = replace(TINY, experts=8, k=2, hidden=1, shared=1)
 SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, heads=12),
-         "L": dict(dim=1024, depth=24, heads=16), "XL": dict(dim=1152, depth=28, heads=16),
-         "G": dict(dim=1408, depth=40, heads=16)}
+         "L": dict(dim=1024, depth=24, heads=16), "XL": dict(dim=1152, depth=28, heads=16)}
+SIZES["G"] = dict(dim=1408, depth=40, heads=16)
 
 
-def route(P, k, renormalize=False):
-    """The paper: every token takes its k most probable experts, at their probabilities.
+def top_k_gating(probs, k, renormalize=False):
+    """The paper: every token takes its k most probable experts, weighted by their probabilities.
 
-    P (..., E), rows sum to 1 -> weight (..., k), chosen (..., k) expert ids, best first."""
-    weight, chosen = P.topk(k, dim=-1)
+    probs (..., E), rows sum to 1 -> gates (..., k), chosen (..., k) expert ids, best first."""
+    gates, chosen = probs.topk(k, dim=-1)
     if renormalize:
-        weight = weight / weight.sum(-1, keepdim=True)
-    return weight, chosen
+        gates = gates / gates.sum(-1, keepdim=True)
+    return gates, chosen
 
 
-def balance_loss(P, chosen, scope="batch"):
-    """Expert-level balance loss, sum of f_i p_i: 1 when even, E / k when k experts take everything.
+def balance_loss(probs, chosen, scope="batch"):
+    """sum_e f_e p_e (Eq. 5), 1 if the counts are even; see the docstring above for the other end.
 
-    P (B, L, E), chosen (B, L, k) -> loss, and the share of all pairs that each expert got (E,).
-    f is a count: gradient flows through p only, and lowers the logits of experts with large f."""
-    pairs = chosen.flatten(1)                                               # (B, L*k)
-    count = P.new_zeros(len(P), P.shape[-1])
-    count = count.scatter_add(1, pairs, torch.ones_like(pairs, dtype=P.dtype))      # (B, E)
-    p = P.mean(1)                                                           # (B, E)
+    probs (B, L, E), chosen (B, L, k) -> loss, and the share of all pairs that each expert got (E,).
+    Only counts are summed over processes: DDP averages gradients, and with them p."""
+    assigned = torch.zeros_like(probs).scatter(2, chosen, 1.0)                  # (B, L, E)
+    count, p = assigned.sum(1), probs.mean(1)                                   # (B, E) each
     if scope == "batch":
-        count, p = count.sum(0, keepdim=True), p.mean(0, keepdim=True)      # (1, E)
-        if torch.is_grad_enabled() and dist.is_initialized():
-            dist.all_reduce(count)                      # training: the batch of all processes
-    share = count / count.sum(1, keepdim=True)                              # (B or 1, E)
-    f = P.shape[-1] * share                             # E / (k tokens) * count: 1 is a fair share
+        count, p = count.sum(0, keepdim=True), p.mean(0, keepdim=True)          # (1, E) each
+        if torch.is_grad_enabled():             # sampling may run in one process alone
+            count = gather_processes(count).sum(0, keepdim=True)
+    share = count / count.sum(1, keepdim=True)                                  # (B or 1, E)
+    f = probs.shape[2] * share                          # E n_e / (k T): 1 is a fair share
     return (f * p).sum(1).mean(), share.mean(0)
 
 
+def experts_loop(experts, x, token, expert, gate):
+    """What self.experts in MoE computes, written out.  x (T, D); token, expert, gate (R,), one
+    entry for each pair -> (T, D). The engine below computes the same, faster."""
+    y = torch.zeros_like(x)
+    for e, (w1, w2) in enumerate(zip(experts.w1, experts.w2)):
+        own = token[expert == e]                                                # (n,)
+        y = y.index_add(0, own, gate[expert == e, None] * (swiglu(x[own] @ w1) @ w2))
+    return y
+
+
 class Router(nn.Module):
-    """x (B, L, D) -> P (B, L, E), a softmax over all experts.
+    """x (B, L, D) -> probs (B, L, E), a softmax over all experts.
 
-    In float32 (or float64) whatever the model computes in: in bf16 many probabilities would tie."""
+    In float32: in bf16 many probabilities would be equal. Its initial weights are uniform."""
 
-    full_precision = True                   # sharded training must not round these weights
+    full_precision = True                               # FSDP must not round these weights
 
     def __init__(self, cfg):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(cfg.experts, cfg.dim))
-        nn.init.uniform_(self.weight, -cfg.dim**-0.5, cfg.dim**-0.5)
+        bound = cfg.dim**-0.5
+        self.weight = nn.Parameter(torch.empty(cfg.experts, cfg.dim).uniform_(-bound, bound))
 
     def forward(self, x):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-            return F.linear(x.to(wide), self.weight.to(wide)).softmax(-1)
-
-
-def swiglu(z):
-    gate, up = z.chunk(2, dim=-1)                                           # (..., h) each
-    return F.silu(gate) * up
-
-
-def gelu(z):
-    return F.gelu(z, approximate="tanh")
-
-
-class Experts(nn.Module):
-    """E networks D -> h -> D, their weights stacked.  x (R, D), rows sorted by expert -> (R, D).
-
-    swiglu: (silu(x W_g) * x W_u) W_d, w1 = [W_g W_u] and w2 = W_d. gelu: DiT's Mlp, with biases.
-    owner (R,) names each row's expert, ascending. An expert without rows has a gradient of zero."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        E, D, h = cfg.experts, cfg.dim, cfg.hidden * cfg.dim
-        self.act = swiglu if cfg.expert == "swiglu" else gelu
-        self.w1 = nn.Parameter(torch.empty(E, D, 2 * h if cfg.expert == "swiglu" else h))
-        self.w2 = nn.Parameter(torch.empty(E, h, D))    # (in, out): faster than Linear's (out, in)
-        self.b1 = nn.Parameter(torch.zeros(E, h)) if cfg.expert == "gelu" else None
-        self.b2 = nn.Parameter(torch.zeros(E, D)) if cfg.expert == "gelu" else None
-        xavier(*(w for stack in (*self.w1.data.split(h, dim=2), self.w2.data) for w in stack))
-
-    def forward(self, x, owner):
-        stacks = [w if w is None else w.to(x.dtype) for w in (self.w1, self.w2, self.b1, self.b2)]
-        E = len(self.w1)
-        expert = torch.arange(E, device=x.device)
-        ends = torch.searchsorted(owner, expert, right=True, out_int32=True)    # (E,)
-        if x.dtype == torch.bfloat16 and x.device.type in ("cuda", "meta") and x.shape[1] % 8 == 0:
-            return self.network(x, *stacks, lambda x, w, b: grouped_linear(x, w, b, ends, owner))
-        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()   # waits for a GPU; the way above not
-        unbound = ([None] * E if w is None else w.unbind() for w in stacks)
-        return torch.cat([self.one(*own) for own in zip(x.split(sizes), *unbound)])
-
-    def one(self, x, *weights):
-        """One expert, x (n, D) -> (n, D). A CPU builds a bf16 product anew for every number of rows
-        it has not seen: rounding n up makes numbers recur, and a training step much faster."""
-        if x.dtype != torch.bfloat16:                       # padding by nothing would copy x
-            return self.network(x, *weights, one_linear)
-        return self.network(F.pad(x, (0, 0, 0, -len(x) % 32)), *weights, one_linear)[: len(x)]
-
-    def network(self, x, w1, w2, b1, b2, linear):
-        return linear(self.act(linear(x, w1, b1)), w2, b2)
-
-
-def one_linear(x, w, b):
-    """One expert's linear layer.  x (n, in), w (in, out), b (out,) or None."""
-    return x @ w if b is None else torch.addmm(b, x, w)                     # (n, out)
-
-
-def grouped_linear(x, w, b, ends, owner):
-    """Every expert's linear layer in one kernel.  x (R, in), w (E, in, out), b (E, out) or None."""
-    x = F.grouped_mm(x, w, offs=ends)                                       # (R, out)
-    return x if b is None else x + b.index_select(0, owner)
+        return linear_fp32(x, self.weight).softmax(-1)
 
 
 class SwiGLU(nn.Module):
-    """The shared experts: n_s of them, each D wide inside, are one of h = n_s D."""
+    """The n_s shared experts, each D wide inside, as one network with h = n_s D. Its weights are
+    (out, in) as in nn.Linear; w1 is [W_gate; W_up]."""
 
     def __init__(self, dim, h):
         super().__init__()
@@ -206,246 +196,235 @@ class SwiGLU(nn.Module):
 
 
 class MoE(nn.Module):
-    """y = sum over the chosen e of P_e E_e(x), plus Es(x).  x (B, L, D) -> (B, L, D), notes.
+    """MoE(x) = sum of probs_e F_e(x) over chosen e, plus F_s(x).  x (B, L, D) -> same, stats.
 
-    notes: "balance" not yet weighted, "load" (E,) shares of pairs, "experts" (B, L, k) ids."""
+    stats: "balance" not yet weighted, "load" (E,) shares of all pairs, "experts" (B, L, k) ids."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg, self.gate, self.experts = cfg, Router(cfg), Experts(cfg)
+        self.cfg, self.gate = cfg, Router(cfg)
+        self.experts = Experts(cfg.experts, cfg.dim, cfg.hidden * cfg.dim, cfg.expert)
         if cfg.shared:
             form = SwiGLU if cfg.expert == "swiglu" else Mlp
             self.shared_experts = form(cfg.dim, cfg.shared * cfg.dim)
 
     def forward(self, x):
-        P = self.gate(x)                                                    # (B, L, E)
-        weight, chosen = route(P, self.cfg.k, self.cfg.renormalize)         # (B, L, k) each
-        balance, load = balance_loss(P, chosen, self.cfg.scope)
-        y = self.dispatch(x.flatten(0, 1), weight.flatten(), chosen.flatten()).view(x.shape)
+        probs = self.gate(x)                                                    # (B, L, E)
+        gates, chosen = top_k_gating(probs, self.cfg.k, self.cfg.renormalize)   # (B, L, k) each
+        balance, load = balance_loss(probs, chosen, self.cfg.scope)
+        token = torch.arange(chosen.numel(), device=x.device) // self.cfg.k     # (R,), k times each
+        y = self.experts(x.flatten(0, 1).to(amp_dtype(x)), token, chosen.flatten(), gates.flatten())
         if self.cfg.shared:
-            y = y + self.shared_experts(x)
-        return y.to(x.dtype), dict(balance=balance, load=load, experts=chosen)
-
-    def dispatch(self, x, weight, chosen):
-        """Every pair through its expert.  x (T, D); weight, chosen (R,), k per token -> (T, D).
-
-        Sorted by expert, so that an expert meets its tokens as one block. There are R = T*k pairs
-        whoever is chosen: no shape depends on the routing, and nothing waits to learn one."""
-        owner, pair = chosen.sort(stable=True)                              # (R,) each
-        token = pair // self.cfg.k                                          # (R,)
-        y = x.to(amp_dtype(x)).index_select(0, token)                       # (R, D)
-        y = self.experts(y, owner).to(weight.dtype)                         # (R, D)  now float32
-        y = y * weight.index_select(0, pair)[:, None]                       # P_e E_e(x)
-        return y.new_zeros(x.shape).index_add(0, token, y)                  # (T, D)
+            y = y + self.shared_experts(x).flatten(0, 1)                        # (T, D)
+        return y.view(x.shape).to(x.dtype), dict(balance=balance, load=load, experts=chosen)
 
 
 class Block(nn.Module):
-    """adaLN-Zero with experts in the MLP's place.  x (B, L, D), c (B, D) -> (B, L, D), notes."""
+    """adaLN-Zero with experts in the MLP's place.  x (B, L, D), c (B, D) -> (B, L, D), stats."""
 
     def __init__(self, cfg, routed):
         super().__init__()
-        self.routed = routed
         self.norm1 = nn.LayerNorm(cfg.dim, eps=1e-6, elementwise_affine=False)
         self.attn = (NormedAttention if cfg.qk_norm else Attention)(cfg.dim, cfg.heads)
         self.norm2 = nn.LayerNorm(cfg.dim, eps=1e-6, elementwise_affine=False)
-        if routed:
-            self.moe = MoE(cfg)
-        else:
-            self.mlp = Mlp(cfg.dim, 4 * cfg.dim)
+        self.moe = MoE(cfg) if routed else None
+        self.mlp = None if routed else Mlp(cfg.dim, 4 * cfg.dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
 
     def forward(self, x, c):
-        six = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)            # 6 x (B, 1, D)
+        six = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                # 6 x (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = six
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))  # (B, L, D)
-        y = modulate(self.norm2(x), shift2, scale2)                         # (B, L, D)
-        y, notes = self.moe(y) if self.routed else (self.mlp(y), {})        # (B, L, D)
-        return x + gate2 * y, notes
-
-
-class NormedAttention(nn.Module):
-    """Attention with a LayerNorm over each head's queries and keys (released XL and G)."""
-
-    def __init__(self, dim, heads):
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.q_norm = nn.LayerNorm(dim // heads, eps=1e-6)
-        self.k_norm = nn.LayerNorm(dim // heads, eps=1e-6)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x):
-        B, L, D = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)        # (B, L, 3, H, D/H)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, L, D/H) each
-        x = attend(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)       # (B, H, L, D/H)
-        return self.proj(x.transpose(1, 2).reshape(B, L, D))                # (B, L, D)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))      # (B, L, D)
+        y = modulate(self.norm2(x), shift2, scale2)                             # (B, L, D)
+        y, stats = self.moe(y) if self.moe else (self.mlp(y), None)             # (B, L, D)
+        return x + gate2 * y, stats
 
 
 class DiTMoE(nn.Module):
     """x (B, C, S, S), t (B,) in [0, 1], y (B,) int in 0..classes -> prediction, aux.
 
-    prediction (B, C, S, S), or (B, 2C, S, S) with learn_sigma. aux: "balance_loss", alpha * M when
-    experts are used evenly, alpha * M * E / k when k of them take everything; "load" (M, E), shares
-    of pairs; "experts" (M, B, L, k), chosen ids, best first. No "map": all tokens cost the same."""
+    prediction (B, C, S, S), or (B, 2C, S, S) with learn_sigma. aux: "balance_loss", alpha * M if
+    the counts are even; "load" (M, E) shares of all pairs; "experts" (M, B, L, k) ids, best first.
+    There is no "map" of compute per token: all tokens cost the same."""
 
     def __init__(self, cfg):
         super().__init__()
-        if (not 1 <= cfg.k <= cfg.experts or cfg.hidden < 1 or cfg.shared < 0
-                or cfg.expert not in ("swiglu", "gelu") or cfg.scope not in ("batch", "image")):
-            raise ValueError(f"k {cfg.k}, hidden {cfg.hidden}, shared {cfg.shared}, expert "
-                             f"{cfg.expert!r}, scope {cfg.scope!r}: k is 1 to {cfg.experts}, "
-                             "hidden at least 1, shared at least 0, expert swiglu or gelu, scope "
-                             "batch or image")
-        routed = moe_layers(cfg)
+        check_config(cfg, hidden=range(1, 65), shared=range(65), expert=("swiglu", "gelu"),
+                     scope=("batch", "image"), moe_layers=("all", "deep", "shallow"))
         self.cfg = cfg
         self.x_embedder = PatchEmbed(cfg)
-        self.pos_embed = nn.Parameter(sincos_2d(cfg), requires_grad=False)  # (1, L, D), fixed
+        self.pos_embed = nn.Parameter(sincos_2d(cfg), requires_grad=False)    # (1, L, D), fixed
         self.t_embedder = TimestepEmbedder(cfg)
         self.y_embedder = LabelEmbedder(cfg)
-        self.blocks = nn.ModuleList(Block(cfg, i in routed) for i in range(cfg.depth))
+        self.blocks = nn.ModuleList(Block(cfg, i in moe_layers(cfg)) for i in range(cfg.depth))
         self.final_layer = FinalLayer(cfg)
         initialize(self)
 
     def forward(self, x, t, y):
-        x, notes = self.x_embedder(x) + self.pos_embed, []                  # (B, L, D)
-        c = self.t_embedder(t) + self.y_embedder(y)                         # (B, D)
+        x, stats = self.x_embedder(x) + self.pos_embed, []                      # (B, L, D)
+        c = self.t_embedder(t) + self.y_embedder(y)                             # (B, D)
         for block in self.blocks:
-            x, note = block(x, c)                                           # (B, L, D)
-            notes += [note] if note else []
-        aux = {key: torch.stack([note[key] for note in notes]) for key in notes[0]}
-        aux["balance_loss"] = self.cfg.alpha * aux.pop("balance").sum()     # over layers
-        return unpatchify(self.final_layer(x, c), self.cfg), aux            # (B, C or 2C, S, S)
+            x, own = block(x, c)                                                # (B, L, D)
+            stats.append(own)
+        aux = {key: torch.stack([own[key] for own in stats if own])             # (M, ...) each
+               for key in ("balance", "load", "experts")}
+        aux["balance_loss"] = self.cfg.alpha * aux.pop("balance").sum()         # sum over layers
+        return unpatchify(self.final_layer(x, c), self.cfg), aux                # (B, C or 2C, S, S)
 
 
-Model = DiTMoE                                          # the name train.py and sample.py ask for
+Model = DiTMoE                                          # the name that train.py looks for
 
 
 def moe_layers(cfg):
-    """The M blocks that have experts, as a range. In the paper deep experts beat shallow ones."""
-    N, which = cfg.depth, str(cfg.moe_layers)
-    layers = {"all": range(N), "deep": range(N // 2, N), "shallow": range(N // 2)}.get(which)
-    if which.isdigit() and int(which):
-        layers = range(int(which) - 1, N, int(which))   # the last of every so many
-    if not layers:
-        raise ValueError(f"moe_layers {which}: all, deep, shallow or a number from 1 to {N}")
-    return layers
-
-
-def amp_dtype(x):
-    """What autocast would give a matrix product on x; the meta device knows no autocast."""
-    on = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
-
-
-def xavier(*matrices):
-    for w in matrices:                      # one by one: a stack of matrices has other fans, and so
-        nn.init.xavier_uniform_(w)          # has [W_g; W_u]
+    """The M blocks that have experts, as a range. In the paper the deep half beats the shallow."""
+    N, half = cfg.depth, cfg.depth // 2
+    return {"all": range(N), "deep": range(half, N), "shallow": range(max(1, half))}[cfg.moe_layers]
 
 
 def cost(cfg):
-    """Of one picture: 1e9 multiply-accumulates, and how many parameters a token does not use.
-
-    The paper's "Gflops" are multiply-accumulates too, but leave out the two products inside
-    attention (queries by keys, weights by values)."""
+    """Cost of one image: GMAC, 1e9 multiply-accumulates in matrix products, and the number of idle
+    parameters: those that a token does not use. The paper's "Gflops" are multiply-accumulates
+    too, but leave out the two products inside attention (QK' and AV)."""
     L, D, N, M = (cfg.size // cfg.patch) ** 2, cfg.dim, cfg.depth, len(moe_layers(cfg))
-    h, matrices, biases = cfg.hidden * D, 3, 0                              # swiglu
-    if cfg.expert == "gelu":
-        matrices, biases = 2, h + D
-    moe = L * (cfg.experts * D + matrices * D * (cfg.k * h + cfg.shared * D))
-    macs = M * moe + (N - M) * 8 * L * D * D + N * (4 * L + 6) * D * D + plain_macs(cfg)
-    return {"idle parameters": M * (cfg.experts - cfg.k) * (matrices * D * h + biases),
+    matrices, biases = (3, 0) if cfg.expert == "swiglu" else (2, cfg.hidden * D + D)
+    moe = L * (cfg.experts * D + matrices * D * D * (cfg.k * cfg.hidden + cfg.shared))
+    # qkvo and adaLN in all blocks; the MLP in those without experts
+    macs = N * (4 * L + 6) * D * D + (N - M) * 8 * L * D * D + M * moe + plain_macs(cfg)
+    return {"idle parameters": M * (cfg.experts - cfg.k) * (matrices * cfg.hidden * D * D + biases),
             "GMAC": (macs + N * 2 * L * L * D) / 1e9,
             "GMAC without QK', AV (the paper's Gflops)": macs / 1e9}
 
 
-# ---- weights from elsewhere
-
-
-def from_official(state, heads=None, k=None, **overrides):
-    """DiT-MoE from a released state dict of either layout; what shapes tell is read from them.
-
-    heads: needed where attention has no q/k norm (S 6, B 12). k: needed, 2 in released weights.
-    time_scale=1 for the rectified-flow weights (XL, G), which embed t in [0, 1] as it is."""
-    state, fields = read_official(state, heads or 1)
-    if "blocks.0.moe.gate.weight" not in state:
-        raise ValueError("not a DiT-MoE checkpoint: it has no blocks.0.moe.gate.weight")
-    q_norm = state.get("blocks.0.attn.q_norm.weight")                       # (D/H,)
-    if q_norm is None and heads is None:
-        raise ValueError("a checkpoint without q/k norm does not tell its heads: pass heads= "
-                         "(S 6, B 12, L, XL 16)")
-    if k is None:
-        raise ValueError("a checkpoint does not tell how many experts a token runs: pass k= (2)")
-    D, E = fields["dim"], len(state["blocks.0.moe.gate.weight"])
-    width = {key.split(".")[3]: w.shape[1] for key, w in state.items() if "down_proj" in key}
-    fields |= dict(k=k, experts=E, hidden=width["experts"] // D, qk_norm=q_norm is not None,
-                   shared=width.get("shared_experts", 0) // D, heads=heads or D // len(q_norm))
-    for moe in (f"blocks.{i}.moe." for i in range(fields["depth"])):
-        stacks = zip(*(fuse(state, f"{moe}experts.{e}") for e in range(E)))
-        w1, w2 = (torch.stack(stack).mT.contiguous() for stack in stacks)
-        state[f"{moe}experts.w1"], state[f"{moe}experts.w2"] = w1, w2
-        if fields["shared"]:
-            shared = f"{moe}shared_experts"
-            state[f"{shared}.w1"], state[f"{shared}.w2"] = fuse(state, shared)
-    model = DiTMoE(replace(Config(), **(fields | overrides)))
-    model.load_state_dict({key.replace(".Wqkv.", ".qkv.").replace(".out_proj.", ".proj."): w
-                           for key, w in state.items()})
-    return model
-
-
-def fuse(state, net):
-    """Take one official SwiGLU out of a state dict -> w1 (2h, D), w2 (D, h)."""
-    gate, up, down = (state.pop(f"{net}.{name}_proj.weight") for name in ("gate", "up", "down"))
-    return torch.cat([gate, up]), down
-
-
-def to_official(model):
-    """The inverse: a state dict that the authors' code loads."""
-    cfg, state = model.cfg, {key: w.detach().clone() for key, w in model.state_dict().items()}
-    if cfg.expert != "swiglu" or len(moe_layers(cfg)) < cfg.depth:
-        raise ValueError("the official layout has SwiGLU experts in every block and knows no other")
-    for moe in (f"blocks.{i}.moe." for i in range(cfg.depth)):
-        stacks = zip(state.pop(f"{moe}experts.w1").mT, state.pop(f"{moe}experts.w2").mT)
-        nets = {f"{moe}experts.{e}": weights for e, weights in enumerate(stacks)}
-        if cfg.shared:
-            shared = f"{moe}shared_experts"
-            nets[shared] = state.pop(f"{shared}.w1"), state.pop(f"{shared}.w2")
-        for net, (w1, w2) in nets.items():
-            for name, w in zip(("gate", "up", "down"), (*w1.chunk(2), w2)):
-                state[f"{net}.{name}_proj.weight"] = w.clone()
-    if cfg.qk_norm:
-        state = {key.replace("attn.qkv.", "attn.Wqkv.").replace("attn.proj.", "attn.out_proj."): w
-                 for key, w in state.items()}
-    return state
-
-
 def from_dense(state, cfg):
-    """Sparse upcycling: a trained DiT's weights -> a DiT-MoE that computes the same, to train on.
-
-    Every expert is a copy of the MLP (hence gelu, 4D), the weights of a token sum to 1 (hence
-    renormalize), the shared experts' output is 0. Copies part because each sees other tokens."""
-    if cfg.qk_norm:
-        raise ValueError("qk_norm: a dense DiT has none, so this could not start as its function")
+    """Sparse upcycling: the weights of a trained DiT -> a DiT-MoE that computes the same and can be
+    trained on. Every expert is a copy of the MLP (hence expert="gelu", hidden=4), the weights of a
+    token sum to 1 (hence renormalize), the shared experts add 0. Training makes the copies differ,
+    because each sees other tokens.  ValueError if state is not a dense DiT of this depth."""
     model = DiTMoE(replace(cfg, expert="gelu", hidden=4, renormalize=True))
-    twin = {"experts.w1": "fc1.weight", "experts.b1": "fc1.bias",
-            "experts.w2": "fc2.weight", "experts.b2": "fc2.bias"}
+    twin = {"experts.w1": ".mlp.fc1.weight", "experts.b1": ".mlp.fc1.bias",
+            "experts.w2": ".mlp.fc2.weight", "experts.b2": ".mlp.fc2.bias"}
     for key, w in model.state_dict().items():
-        block, moe, name = key.partition(".moe.")
-        source = f"{block}.mlp.{twin[name]}" if name in twin else key
+        block, _, name = key.partition(".moe.")
+        source = block + twin[name] if name in twin else key
         if name == "gate.weight":
             nn.init.normal_(w, std=0.02)
-        elif name.startswith("shared_experts.fc2"):
-            nn.init.zeros_(w)
-        elif source in state:
-            one = state[source]                         # one MLP fills all E rows of a stack
-            w.copy_((one.T if name in ("experts.w1", "experts.w2") else one).expand_as(w))
-        elif not name.startswith("shared_experts"):
+        elif name.startswith("shared_experts"):
+            w.mul_("fc2" not in name)                   # times 0: they add nothing at first
+        elif source in state:                           # w1, w2 (E, in, out): E transposed copies
+            w.copy_(state[source].t().expand_as(w) if name in twin else state[source])
+        else:
             raise ValueError(f"not a dense DiT of this depth: it has no {source}")
     return model
 
 
+# ------------------------------------- the expert engine, the same in ditmoe.py and racedit.py
+# ------------------------------------------------- (tests/papers/test_shared.py keeps them equal)
+
+
+class Experts(nn.Module):
+    """E small networks D -> h -> D, with their weights stacked: experts_loop(), but faster.
+
+    x (T, D); R pairs in any order: token, expert, gate (R,) -> the sum over the pairs of
+    gate * F_expert(x[token]), (T, D). The pairs are sorted by expert, so that every expert gets
+    its tokens as one block of rows; the results are added back to their tokens.
+    form: "gelu" is DiT's MLP with biases; "swiglu" has no biases, and w1 is [W_gate, W_up].
+    An expert without pairs gets a gradient of zero."""
+
+    def __init__(self, E, D, h, form):
+        super().__init__()
+        mlp = form == "gelu"
+        self.act = gelu if mlp else swiglu
+        self.w1 = nn.Parameter(torch.empty(E, D, h if mlp else 2 * h))
+        self.b1 = nn.Parameter(torch.zeros(E, h)) if mlp else None
+        self.w2 = nn.Parameter(torch.empty(E, h, D))    # (in, out): faster than Linear's (out, in)
+        self.b2 = nn.Parameter(torch.zeros(E, D)) if mlp else None
+        for stack in (*self.w1.data.split(h, dim=2), self.w2.data):
+            xavier(*stack)
+
+    def forward(self, x, token, expert, gate):
+        key, order = (expert * len(x) + token).sort()              # (R,)   by expert, then by token
+        expert, token = key // len(x), key % len(x)
+        ends = torch.searchsorted(expert, torch.arange(len(self.w1), device=x.device), right=True,
+                                  out_int32=True)       # (E,)   expert e has rows ends[e-1]:ends[e]
+        z = self.networks(x.index_select(0, token).to(amp_dtype(x)), ends, expert)  # (R, D)
+        z = z.to(gate.dtype) * gate.index_select(0, order)[:, None]             # (R, D)
+        return z.new_zeros(x.shape).index_add(0, token, z)                      # (T, D)
+
+    def networks(self, z, ends, expert):
+        """Row r of z (R, D) through the network of expert[r] -> (R, D)."""
+        stacks = [w if w is None else w.to(z.dtype) for w in (self.w1, self.b1, self.w2, self.b2)]
+        if (z.dtype == torch.bfloat16 and z.device.type in ("cuda", "meta")
+                and all(n % 8 == 0 for n in self.w2.shape[1:])):    # the kernel's condition
+            w1, b1, w2, b2 = stacks
+            z = self.act(grouped_linear(z, w1, b1, ends, expert))       # nothing waits for the GPU
+            return grouped_linear(z, w2, b2, ends, expert)
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()           # here the host waits for it
+        weights = zip(*([None] * len(sizes) if w is None else w.unbind() for w in stacks))
+        return torch.cat([self.one(*own) for own in zip(z.split(sizes), weights)])
+
+    def one(self, z, weights):
+        """One expert's network, z (n, D) -> (n, D). A CPU prepares a bf16 product anew for every n
+        that it has not seen, so n is rounded up to a multiple of 32: numbers then recur."""
+        n, (w1, b1, w2, b2) = len(z), weights
+        if z.dtype == torch.bfloat16 and n % 32:
+            z = F.pad(z, (0, 0, 0, -n % 32))
+        z = linear(self.act(linear(z, w1, b1)), w2, b2)
+        return z if len(z) == n else z[:n]
+
+
+def gelu(z):
+    return F.gelu(z, approximate="tanh")
+
+
+def swiglu(z):                                                                  # (R, 2h) -> (R, h)
+    gate, up = z.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def linear(z, w, b):
+    """z (n, in), w (in, out), b (out,) or None -> (n, out)."""
+    return z @ w if b is None else torch.addmm(b, z, w)
+
+
+def grouped_linear(z, w, b, ends, expert):
+    """All experts in one kernel.  z (R, in), w (E, in, out), b (E, out) or None -> (R, out)."""
+    z = F.grouped_mm(z, w, offs=ends)
+    return z if b is None else z + b.index_select(0, expert)
+
+
+def xavier(*matrices):
+    """Xavier for each matrix by itself: the bounds of a stack would follow from the wrong sides."""
+    for w in matrices:
+        nn.init.xavier_uniform_(w)
+
+
+def amp_dtype(x):
+    """The dtype that autocast would give a matrix product on x; "meta" knows no autocast."""
+    on = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return torch.get_autocast_dtype(x.device.type) if on else x.dtype
+
+
+def gather_processes(x):
+    """x (n, ...) of all processes, one below the other, without gradient: (processes * n, ...)."""
+    if not torch.distributed.is_initialized():
+        return x
+    x = x.detach().contiguous()
+    parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def check_config(cfg, **allowed):
+    """ValueError, in one line, if a field of cfg has a value outside its range or list of words."""
+    for name, values in (dict(k=range(1, cfg.experts + 1)) | allowed).items():
+        if getattr(cfg, name) not in values:
+            known = "%d to %d" % (values.start, values.stop - 1) if isinstance(values, range) \
+                else ", ".join(values)
+            raise ValueError(f"{name} {getattr(cfg, name)!r}: must be one of {known}")
+
+
 # ------------------------------------------------------ plain DiT parts, the same in every file
-# ------------------------------------------------- (tests/test_shared.py fails when they drift)
+# ------------------------------------------------- (tests/papers/test_shared.py keeps them equal)
 
 
 def size(name, **fields):
@@ -462,8 +441,8 @@ def modulate(x, shift, scale):
 
 def attend(q, k, v):
     """softmax(q k' / sqrt(D/H)) v.  q, k, v (B, H, L, D/H) -> (B, H, L, D/H)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward is
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # 3 to 8 x slower than this
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward would
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # be 3 to 8 times slower
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -476,9 +455,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, L, D = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)          # (B, L, 3, H, D/H)
-        x = attend(*qkv.permute(2, 0, 3, 1, 4))                                     # (B, H, L, D/H)
-        return self.proj(x.transpose(1, 2).reshape(B, L, D))                        # (B, L, D)
+        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)            # (B, L, 3, H, D/H)
+        x = attend(*qkv.permute(2, 0, 3, 1, 4))                                 # (B, H, L, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, L, D))                    # (B, L, D)
 
 
 class Mlp(nn.Module):
@@ -492,7 +471,7 @@ class Mlp(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A picture's patches as tokens, row by row.  (B, C, S, S) -> (B, L, D)."""
+    """An image's patches as tokens, row by row.  (B, C, S, S) -> (B, L, D)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -513,7 +492,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         octave = torch.arange(128, device=t.device, dtype=torch.float32) / 128
         angle = self.scale * t.float()[:, None] * torch.exp(-math.log(10000) * octave)  # (B, 128)
-        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)                  # (B, 256)
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)                    # (B, 256)
         return self.mlp(wave.to(self.mlp[0].weight.dtype))
 
 
@@ -538,29 +517,31 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 2 * cfg.dim))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)           # 2 x (B, 1, D)
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)       # 2 x (B, 1, D)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 def unpatchify(x, cfg):
     """(B, L, P*P*C) -> (B, C, S, S). Inside a patch: row, column, channel (channel fastest)."""
     n, P = cfg.size // cfg.patch, cfg.patch
-    x = x.reshape(len(x), n, n, P, P, -1)                                     # (B, n, n, P, P, C)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, cfg.size, cfg.size)      # (B, C, S, S)
+    x = x.reshape(len(x), n, n, P, P, -1)                                       # (B, n, n, P, P, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, cfg.size, cfg.size)  # (B, C, S, S)
 
 
 def sincos_2d(cfg):
-    """Fixed position embedding (1, L, D): first half of D tells the column, second half the row."""
+    """The fixed position embedding (1, L, D): the first half of D encodes the column of a patch,
+    the second half its row."""
     n = cfg.size // cfg.patch
-    omega = 10000 ** -(torch.arange(cfg.dim // 4, dtype=torch.float64) / (cfg.dim // 4))    # (D/4,)
-    angle = torch.arange(n, dtype=torch.float64)[:, None] * omega             # (n, D/4)
-    wave = torch.cat([angle.sin(), angle.cos()], dim=1)                       # (n, D/2)
-    column, row = wave.repeat(n, 1), wave.repeat_interleave(n, dim=0)         # (L, D/2)
+    omega = 10000 ** -(torch.arange(cfg.dim // 4, dtype=torch.float64) / (cfg.dim // 4))  # (D/4,)
+    angle = torch.arange(n, dtype=torch.float64)[:, None] * omega               # (n, D/4)
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)                         # (n, D/2)
+    column, row = wave.repeat(n, 1), wave.repeat_interleave(n, dim=0)           # (L, D/2)
     return torch.cat([column, row], dim=1)[None].float()
 
 
 def initialize(model):
-    """DiT's start: Xavier for linears, N(0, 0.02) for embeddings, zeros where a block ends."""
+    """DiT's initial weights: Xavier for linear layers, N(0, 0.02) for the label table and the time
+    MLP, zeros for all gates and for the output."""
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)
@@ -571,34 +552,42 @@ def initialize(model):
         nn.init.normal_(w.weight, std=0.02)
     for m in (*(b.adaLN_modulation[1] for b in model.blocks), model.final_layer.adaLN_modulation[1],
               model.final_layer.linear):
-        nn.init.zeros_(m.weight)                        # gates and output 0: the network starts as
-        nn.init.zeros_(m.bias)                          # the identity and predicts 0
+        nn.init.zeros_(m.weight)                        # so each block starts as the identity, and
+        nn.init.zeros_(m.bias)                          # the network predicts 0
 
 
 def plain_macs(cfg):
-    """Multiply-accumulates of everything around the blocks: patches, time MLP, final layer."""
+    """Multiply-accumulates outside the blocks: patch embedding, time MLP, final layer."""
     L, D, pixels = (cfg.size // cfg.patch) ** 2, cfg.dim, cfg.patch**2 * cfg.channels
     return L * D * pixels * (2 + cfg.learn_sigma) + (256 + D) * D + 2 * D * D
 
 
-def read_official(state, heads):
-    """A released checkpoint -> its bare state dict, and the Config fields that shapes tell."""
-    for wrapper in ("ema", "model", "module", "state_dict"):
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    if "x_embedder.proj.weight" not in state:
-        raise ValueError("not a DiT checkpoint: it has no x_embedder.proj.weight")
-    dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    if heads is None:
-        raise ValueError("a checkpoint does not tell its heads: pass heads= (S 6, B 12, L, XL 16)")
-    return state, dict(
-        dim=dim, channels=channels, patch=patch, heads=heads,
-        size=math.isqrt(state["pos_embed"].shape[1]) * patch,
-        depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-        classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        learn_sigma=len(state["final_layer.linear.bias"]) == 2 * patch**2 * channels)
+def linear_fp32(x, weight, bias=None):
+    """A linear layer in float32 (float64 stays), also under autocast: routers decide by small
+    differences, which bf16 would round away."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        return F.linear(x.to(wide), weight.to(wide), bias if bias is None else bias.to(wide))
 
 
-if __name__ == "__main__":                              # python ditmoe.py CKPT
-    from experiments.specialisation import cli
-    sys.exit(cli(sys.argv[1:]))
+# ------------------------------------------- only here: the attention of the released XL and G,
+# ----------------------------------------------------- which the paper does not mention: qk_norm
+
+
+class NormedAttention(nn.Module):
+    """Attention with a LayerNorm on the queries and keys of each head (released XL and G)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.q_norm = nn.LayerNorm(dim // heads, eps=1e-6)
+        self.k_norm = nn.LayerNorm(dim // heads, eps=1e-6)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, L, D = x.shape
+        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)            # (B, L, 3, H, D/H)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # 3 x (B, H, L, D/H)
+        x = attend(self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype), v)   # (B, H, L, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, L, D))                    # (B, L, D)

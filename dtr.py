@@ -1,51 +1,67 @@
-"""DTR: every noise level reads its own channels.   Park et al. 2024, arXiv:2310.07138
+"""DTR, Denoising Task Routing.   Park et al. 2024 (ICLR), arXiv:2310.07138
 
-One network denoises at a thousand noise levels: a thousand tasks that share all weights, and get in
-each other's way. Task routing withholds some channels from each task; DTR says which.
+Question: one network denoises at a thousand noise levels. The paper calls them a thousand tasks
+that share all weights, and argues that they disturb each other. Can each task get some channels of
+its own without a new parameter? (adaLN already scales channels by t, but lets every task read all.)
 
-1. A task reads a window of the channels: a share beta of them, the same number for every task.
-2. The window slides from the first channels (data) to the last (noise), so neighbouring tasks read
-   nearly the same ones ("task affinity").
-3. It slides as t^alpha, slowly near data and fast near noise: the noisier a task, the more its
-   window is its own ("task weights").
-4. The mask gates what a block READS; what it WRITES goes to all channels. LayerNorm counts the
-   zeros, and every weight serves every task: what is withheld is information, not parameters.
-5. No new parameter, no new loss, about 1 % more time. beta = 1 is DiT.
+1. Each task reads a window of the channels; the blocks see the other channels as 0. Every window
+   has the same width, a share beta of D.
+2. From data to noise the window slides from the first channels to the last. Neighbouring tasks read
+   nearly the same channels, because neighbouring noise levels are similar ("task affinity").
+3. The start of the window grows as t^alpha. With alpha = 4 it hardly moves near the data and moves
+   fast near the noise: noisy tasks share fewer channels with their neighbours ("task weights").
+4. The mask limits what a block READS from the residual stream. What it WRITES goes to all channels,
+   so a channel that is closed to this task keeps its value and still receives updates.
+5. DTR adds no parameter and no loss, and about 1 % of time. With beta = 1 it is DiT.
 
-    channels ->         alpha = 1         alpha = 4         random ("R-TR")
+    channels ->         alpha = 1         alpha = 4         random routing ("R-TR", the control)
     t = 0     data      ########....      ########....      #.##.##.##.#
               |         .########...      ########....      ##.#.#.####.
               |         ..########..      ########....      .###.#####..
               |         ...########.      .########...      #.#.####.##.
-    t = 1     noise     ....########      ....########      ###..#.##.##
+    t = 1     noise     ....########      ....########      ###..#.##.##       (here beta = 2/3)
 
-    a block:  x -+-----------------------------------------(+)----------------------------------(+)-
-                 |                                          | a                                  | b
-                 +- *mask -+- norm, modulate - attn *gate1 -+-(+)- norm, modulate - MLP - *gate2 +
-                           +----------------------------------+
+Equations, for task n = 0..T-1 (0: least noise), width D, W = floor(beta D) channels per window:
+    start_n = round((D - W) (n / (T - 1))^alpha)        mask_n[c] = 1 if start_n <= c < start_n + W
+    u = x * mask_n                                      the block reads u
+    a = gate1 * Attention(modulate(LN(u)))
+    b = gate2 * MLP(modulate(LN(u + a)))                the MLP sees a in closed channels, not x
+    out = x + a + b                                     = x + (DiT's block(u) - u)
+LN averages over all D channels, zeros included; it enlarges the open ones by about 1 / sqrt(beta),
+so no rescaling as in dropout is needed. After LN and modulation a closed channel is not 0 but
+carries nothing of its own. Patch embedding, final layer and c are not masked. The loss is the
+diffusion's own; diffusion.py has the loss weightings that the paper combines DTR with (Min-SNR, P2,
+ANT-UW).
 
-Letters: B batch, C channels, S side of the picture, P side of a patch, L = (S/P)^2 tokens, D width,
-H heads, N depth, T tasks.  Time: t = 0 is data, t = 1 is noise (diffusion.py says more).
-Read next: task_table, then Block.forward.
-`python dtr.py` draws the masks; `python dtr.py CKPT ...` compares what blocks do across times.
+Example: D = 384, beta = 0.8, alpha = 4, T = 1000. W = 307, and the window starts at channel 0, 0,
+5, 51, 77 for t = 0, .25, .5, .9, 1. There are 78 different windows for the 1000 tasks; the 284
+tasks with t <= 0.28 share the first one, and 230 channels (2 beta - 1 = 60 %) are read by every
+task.
 
-Differences from the paper and from byeongjun-park/DTR
-- The mask rule is the official code's: t/(T-1), both ends included, all windows of one width. The
-  paper's equation rounds (t-1)/T and t/T, which makes some of its windows a channel wider.
-- A time between two tasks takes the nearest. DDPM's step n is t = n/1000, so with T = 1000 it meets
-  its own row; rectified flow has a row for every 0.001. Samplers that skip steps pass the original
-  step: the index of their loop would hardly move the window.
-- We keep T window starts and compare. The official code keeps a (T, D) float table in every block
-  (129 MB for XL), and computes x*mask + a + b + x*(1 - mask), which is x + a + b.
-- Random masks are drawn again from route_seed, never stored; the official ones have no seed and
-  live in the checkpoint. from_official keeps them as route "given", which does store its masks.
-- alpha is a choice (the official code always uses 4). Loss weightings are in diffusion.py.
-- A whole sampling step shares t, hence its window. The query, key and value products could then
-  skip unread channels, exactly, if LayerNorm's shift of them is added back. That saves 4 to 5 % of
-  all multiply-accumulates and needs a second attention for sampling: left out."""
+The paper's result: DiT-L/2 on ImageNet, guidance 1.5: FID 12.59, with random routing 16.18, with
+DTR 8.90. (In the authors' follow-up, Switch-DiT, DTR makes XL/2 worse: 9.40 to 10.85.) What we
+found at laptop scale: random routing is clearly worse than none, as in the paper; DTR is not better
+than DiT (experiments/README.md).
+
+Letters: B batch, C channels of the image, S its side, P side of a patch, L = (S/P)^2 tokens,
+D width, H heads, N depth, T tasks.  Time: t = 0 is data, t = 1 is noise (see diffusion.py).
+Read next: window_starts, then Block.forward.
+
+Differences from the paper and from the official code (byeongjun-park/DTR)
+- The window rule is the official code's. In the paper (tasks t = 1..T) a window goes from
+  round((D-W) ((t-1)/T)^alpha) to round((D-W) (t/T)^alpha) + W: some windows are a channel wider.
+- A time between two tasks takes the nearer one. DDPM's step n is t = n/1000, so with T = 1000 it
+  gets its own window. Rectified flow is not in the paper; here it has a window for every 0.001.
+- Samplers that skip steps pass the original step n. The index of a 25-step loop (0 to 24) would
+  select the first window at every step.
+- We keep T window starts and compare channel numbers with them. The official code keeps a (T, D)
+  float table in every block (129 MB for XL) and computes x*mask + a + b + x*(1 - mask) = x + a + b.
+- Random masks are drawn from route_seed and not stored. The official ones have no seed and are
+  stored in the checkpoint; common/official.py loads them as route "given", which stores its masks.
+- alpha and beta are options with the official values 4 and 0.8 as defaults. The official code
+  trains with the cosine schedule; ours is linear unless --schedule cosine is given."""
 
 import math
-import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -55,7 +71,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    size: int = 32              # S, side of the picture or latent (ImageNet 256x256: 32)
+    size: int = 32              # S, side of the image or latent (ImageNet 256x256: 32)
     patch: int = 2              # P: 2, 4 or 8
     channels: int = 4           # C: 4 for Stable Diffusion's latents, 1 for digits
     classes: int = 1000         # y = classes means "no class"
@@ -64,12 +80,12 @@ class Config:
     heads: int = 6              # H. S: 6,   B: 12,  L: 16,   XL: 16
     learn_sigma: bool = True    # 2C output channels, the second C for DDPM's variance
     time_scale: float = 1000.0  # the network embeds time_scale * t
-    alpha: float = 4.0          # the window speeds up towards noise; 1: keeps pace; below 1: slows
-    beta: float = 0.8           # share of the channels that a task reads: 1 is DiT
-    tasks: int = 1000           # T, noise levels with a mask of their own
-    route: str = "window"       # window | random (R-TR, the ablation) | given (random, and stored)
-    route_seed: int = 0         # random: two models of one seed have the same masks
-    per_block: bool = False     # random: other masks in every block, as the authors
+    alpha: float = 4.0          # 1: the window moves evenly with t; above 1: fast near the noise
+    beta: float = 0.8           # share of the channels that a task reads; 1 is DiT
+    tasks: int = 1000           # T, number of noise levels that are told apart
+    route: str = "window"       # window | random (the control) | given (random masks, stored)
+    route_seed: int = 0         # random: two models with the same seed have the same masks
+    per_block: bool = False     # random: each block has its own masks, as in the official code
 
 
 TINY = Config(size=28, patch=4, channels=1, classes=10, dim=128, depth=6, heads=4)
@@ -77,28 +93,26 @@ SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, hea
          "L": dict(dim=1024, depth=24, heads=16), "XL": dict(dim=1152, depth=28, heads=16)}
 
 
-def task_table(cfg):
-    """Who reads what: the first channel of every window (T,), or masks (1 or N, T, D) bool."""
-    if cfg.route not in ("window", "random", "given") or not (
-            1 <= cfg.beta * cfg.dim <= cfg.dim and cfg.alpha > 0 and 0 < cfg.tasks <= 10_000):
-        raise ValueError(f"route {cfg.route}: window, random, given; beta {cfg.beta}: 1/dim to 1; "
-                         f"alpha {cfg.alpha}: above 0; tasks {cfg.tasks}: 1 to 10,000")
-    read = int(cfg.beta * cfg.dim)                              # C_beta, channels that a task reads
-    if cfg.route == "window":
-        noise = torch.linspace(0, 1, cfg.tasks, dtype=torch.float64)            # t / (T - 1)
-        return ((cfg.dim - read) * noise**cfg.alpha).round().int()              # (T,)  mask rule
+def window_starts(cfg):
+    """The first channel that each task reads, (T,) int. It reads W = int(beta D) channels."""
+    noise_level = torch.linspace(0, 1, cfg.tasks, dtype=torch.float64)          # (T,)  n / (T - 1)
+    return ((cfg.dim - int(cfg.beta * cfg.dim)) * noise_level**cfg.alpha).round().int()  # (T,)
+
+
+def random_masks(cfg):
+    """The control: each task reads W random channels.  -> (1 or N, T, D) bool"""
     g = torch.Generator("cpu").manual_seed(cfg.route_seed)      # the same masks on every process
-    masks = [torch.rand(cfg.tasks, cfg.dim, generator=g, device="cpu").argsort(-1) < read
-             for _ in range(cfg.depth if cfg.per_block else 1)]                 # (T, D) each
-    return torch.stack(masks).to(torch.get_default_device())                    # (1 or N, T, D)
+    order = torch.rand(cfg.depth if cfg.per_block else 1, cfg.tasks, cfg.dim, generator=g,
+                       device="cpu").argsort(-1)        # in each row, W entries are below W
+    return (order < int(cfg.beta * cfg.dim)).to(torch.get_default_device())
 
 
 def task_masks(cfg, table, task):
-    """What tasks (B,) read -> (1 or N, B, D) bool; 1 when all blocks have the same masks."""
+    """What tasks (B,) read -> (1 or N, B, 1, D) bool; 1 if all N blocks have the same masks."""
     if cfg.route != "window":
-        return table[:, task]
+        return table[:, task, None]
     start, channel = table[task, None], torch.arange(cfg.dim, device=task.device)
-    return ((start <= channel) & (channel < start + int(cfg.beta * cfg.dim)))[None]
+    return ((start <= channel) & (channel < start + int(cfg.beta * cfg.dim)))[None, :, None]
 
 
 class Block(nn.Module):
@@ -113,11 +127,11 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
 
     def forward(self, x, c, mask):
-        six = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                    # 6 x (B, 1, D)
+        six = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                # 6 x (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = six
-        u = x * mask                                                                # (B, L, D)
-        a = gate1 * self.attn(modulate(self.norm1(u), shift1, scale1))              # (B, L, D)
-        b = gate2 * self.mlp(modulate(self.norm2(u + a), shift2, scale2))           # (B, L, D)
+        u = x * mask                                                            # (B, L, D)
+        a = gate1 * self.attn(modulate(self.norm1(u), shift1, scale1))          # (B, L, D)
+        b = gate2 * self.mlp(modulate(self.norm2(u + a), shift2, scale2))       # (B, L, D)
         return x + a + b                        # = x + DiT's block(u) - u: written to all channels
 
 
@@ -128,6 +142,9 @@ class DTR(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
+        if not (cfg.route in ("window", "random", "given") and cfg.alpha > 0
+                and 1 <= cfg.beta * cfg.dim <= cfg.dim and 0 < cfg.tasks <= 10_000):
+            raise ValueError("route window, random, given; alpha > 0; beta 1/D to 1; tasks to 1e4")
         self.cfg = cfg
         self.x_embedder = PatchEmbed(cfg)
         self.pos_embed = nn.Parameter(sincos_2d(cfg), requires_grad=False)    # (1, L, D), fixed
@@ -135,50 +152,33 @@ class DTR(nn.Module):
         self.y_embedder = LabelEmbedder(cfg)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.final_layer = FinalLayer(cfg)
-        self.register_buffer("table", task_table(cfg), persistent=cfg.route == "given")
+        table = window_starts(cfg) if cfg.route == "window" else random_masks(cfg)
+        self.register_buffer("table", table, persistent=cfg.route == "given")
         initialize(self)
 
     def forward(self, x, t, y):
-        x = self.x_embedder(x) + self.pos_embed                                     # (B, L, D)
-        c = self.t_embedder(t) + self.y_embedder(y)                                 # (B, D)
-        task = (t.float() * self.cfg.tasks).round().long().clamp(0, self.cfg.tasks - 1)     # (B,)
-        masks = task_masks(self.cfg, self.table, task)[:, :, None].to(x.dtype)      # (1|N, B, 1, D)
+        x = self.x_embedder(x) + self.pos_embed                                 # (B, L, D)
+        c = self.t_embedder(t) + self.y_embedder(y)                             # (B, D)
+        task = (t.float() * self.cfg.tasks).round().long().clamp(0, self.cfg.tasks - 1)  # (B,)
+        masks = task_masks(self.cfg, self.table, task).to(x.dtype)              # (1|N, B, 1, D)
         for block, mask in zip(self.blocks, masks.expand(self.cfg.depth, -1, -1, -1)):
-            x = block(x, c, mask)                                                   # (B, L, D)
-        return unpatchify(self.final_layer(x, c), self.cfg), {}               # (B, C or 2C, S, S)
+            x = block(x, c, mask)                                               # (B, L, D)
+        return unpatchify(self.final_layer(x, c), self.cfg), {}                 # (B, C or 2C, S, S)
 
 
-Model = DTR                                             # the name train.py and sample.py ask for
-
-
-def from_official(state, heads=None, **overrides):
-    """DTR from a byeongjun-park/DTR state dict, or from DiT's. heads cannot be read from shapes.
-
-    The masks in the file are what its weights were trained with: when they are not the windows of
-    alpha and beta (4, 0.8 unless overridden), the model keeps them as route "given"."""
-    state, fields = read_official(state, heads)
-    cfg = replace(Config(), **(fields | overrides))
-    masks = {int(k.split(".")[1]): state.pop(k) for k in [*state] if k.endswith("._unit_mapping")}
-    if masks:
-        masks = torch.stack([masks[i] for i in range(cfg.depth)]).bool()            # (N, T, D)
-        cfg = replace(cfg, tasks=masks.shape[1])
-        if not (masks == task_masks(cfg, task_table(cfg), torch.arange(cfg.tasks))).all():
-            cfg, state["table"] = replace(cfg, route="given", per_block=True), masks
-    model = DTR(cfg)
-    model.load_state_dict(state)
-    return model
+Model = DTR                                             # the name that train.py looks for
 
 
 def cost(cfg):
-    """Of one picture: 1e9 multiply-accumulates in matrix products (what the papers call Gflops),
-    and how many parameters a token does not use. Both are DiT's: a mask is no matrix."""
+    """Cost of one image: GMAC, 1e9 multiply-accumulates in matrix products (the papers call them
+    Gflops), and the number of idle parameters: those that a token does not use."""
     L, D = (cfg.size // cfg.patch) ** 2, cfg.dim
     block = 4 * L * D * D + 2 * L * L * D + 8 * L * D * D + 6 * D * D   # qkvo; QK', AV; MLP; adaLN
     return {"idle parameters": 0, "GMAC": (cfg.depth * block + plain_macs(cfg)) / 1e9}
 
 
 # ------------------------------------------------------ plain DiT parts, the same in every file
-# ------------------------------------------------- (tests/test_shared.py fails when they drift)
+# ------------------------------------------------- (tests/papers/test_shared.py keeps them equal)
 
 
 def size(name, **fields):
@@ -195,8 +195,8 @@ def modulate(x, shift, scale):
 
 def attend(q, k, v):
     """softmax(q k' / sqrt(D/H)) v.  q, k, v (B, H, L, D/H) -> (B, H, L, D/H)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward is
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # 3 to 8 x slower than this
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward would
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # be 3 to 8 times slower
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -209,9 +209,9 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, L, D = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)          # (B, L, 3, H, D/H)
-        x = attend(*qkv.permute(2, 0, 3, 1, 4))                                     # (B, H, L, D/H)
-        return self.proj(x.transpose(1, 2).reshape(B, L, D))                        # (B, L, D)
+        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)            # (B, L, 3, H, D/H)
+        x = attend(*qkv.permute(2, 0, 3, 1, 4))                                 # (B, H, L, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, L, D))                    # (B, L, D)
 
 
 class Mlp(nn.Module):
@@ -225,7 +225,7 @@ class Mlp(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """A picture's patches as tokens, row by row.  (B, C, S, S) -> (B, L, D)."""
+    """An image's patches as tokens, row by row.  (B, C, S, S) -> (B, L, D)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -246,7 +246,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         octave = torch.arange(128, device=t.device, dtype=torch.float32) / 128
         angle = self.scale * t.float()[:, None] * torch.exp(-math.log(10000) * octave)  # (B, 128)
-        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)                  # (B, 256)
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)                    # (B, 256)
         return self.mlp(wave.to(self.mlp[0].weight.dtype))
 
 
@@ -271,29 +271,31 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 2 * cfg.dim))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)           # 2 x (B, 1, D)
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)       # 2 x (B, 1, D)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 def unpatchify(x, cfg):
     """(B, L, P*P*C) -> (B, C, S, S). Inside a patch: row, column, channel (channel fastest)."""
     n, P = cfg.size // cfg.patch, cfg.patch
-    x = x.reshape(len(x), n, n, P, P, -1)                                     # (B, n, n, P, P, C)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, cfg.size, cfg.size)      # (B, C, S, S)
+    x = x.reshape(len(x), n, n, P, P, -1)                                       # (B, n, n, P, P, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, cfg.size, cfg.size)  # (B, C, S, S)
 
 
 def sincos_2d(cfg):
-    """Fixed position embedding (1, L, D): first half of D tells the column, second half the row."""
+    """The fixed position embedding (1, L, D): the first half of D encodes the column of a patch,
+    the second half its row."""
     n = cfg.size // cfg.patch
-    omega = 10000 ** -(torch.arange(cfg.dim // 4, dtype=torch.float64) / (cfg.dim // 4))    # (D/4,)
-    angle = torch.arange(n, dtype=torch.float64)[:, None] * omega             # (n, D/4)
-    wave = torch.cat([angle.sin(), angle.cos()], dim=1)                       # (n, D/2)
-    column, row = wave.repeat(n, 1), wave.repeat_interleave(n, dim=0)         # (L, D/2)
+    omega = 10000 ** -(torch.arange(cfg.dim // 4, dtype=torch.float64) / (cfg.dim // 4))  # (D/4,)
+    angle = torch.arange(n, dtype=torch.float64)[:, None] * omega               # (n, D/4)
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)                         # (n, D/2)
+    column, row = wave.repeat(n, 1), wave.repeat_interleave(n, dim=0)           # (L, D/2)
     return torch.cat([column, row], dim=1)[None].float()
 
 
 def initialize(model):
-    """DiT's start: Xavier for linears, N(0, 0.02) for embeddings, zeros where a block ends."""
+    """DiT's initial weights: Xavier for linear layers, N(0, 0.02) for the label table and the time
+    MLP, zeros for all gates and for the output."""
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)
@@ -304,34 +306,11 @@ def initialize(model):
         nn.init.normal_(w.weight, std=0.02)
     for m in (*(b.adaLN_modulation[1] for b in model.blocks), model.final_layer.adaLN_modulation[1],
               model.final_layer.linear):
-        nn.init.zeros_(m.weight)                        # gates and output 0: the network starts as
-        nn.init.zeros_(m.bias)                          # the identity and predicts 0
+        nn.init.zeros_(m.weight)                        # so each block starts as the identity, and
+        nn.init.zeros_(m.bias)                          # the network predicts 0
 
 
 def plain_macs(cfg):
-    """Multiply-accumulates of everything around the blocks: patches, time MLP, final layer."""
+    """Multiply-accumulates outside the blocks: patch embedding, time MLP, final layer."""
     L, D, pixels = (cfg.size // cfg.patch) ** 2, cfg.dim, cfg.patch**2 * cfg.channels
     return L * D * pixels * (2 + cfg.learn_sigma) + (256 + D) * D + 2 * D * D
-
-
-def read_official(state, heads):
-    """A released checkpoint -> its bare state dict, and the Config fields that shapes tell."""
-    for wrapper in ("ema", "model", "module", "state_dict"):
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    if "x_embedder.proj.weight" not in state:
-        raise ValueError("not a DiT checkpoint: it has no x_embedder.proj.weight")
-    dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    if heads is None:
-        raise ValueError("a checkpoint does not tell its heads: pass heads= (S 6, B 12, L, XL 16)")
-    return state, dict(
-        dim=dim, channels=channels, patch=patch, heads=heads,
-        size=math.isqrt(state["pos_embed"].shape[1]) * patch,
-        depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-        classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        learn_sigma=len(state["final_layer.linear.bias"]) == 2 * patch**2 * channels)
-
-
-if __name__ == "__main__":                              # python dtr.py [CKPT ...]
-    from experiments.cka import cli
-    sys.exit(cli(sys.argv[1:]))

@@ -1,53 +1,103 @@
-"""DyDiT: spend less where denoising is easy.   Zhao et al. 2024 (ICLR 2025), arXiv:2410.03456
+"""DyDiT: compute less where denoising is easy.   Zhao et al. 2024 (ICLR 2025), arXiv:2410.03456
 
-1. Take a trained DiT, give every block three routers, and fine-tune it all for a few % more steps.
-2. Width by time (TDW): two routers look at the timestep alone and switch off attention heads and
-   groups of MLP channels. Almost pure noise needs few of them, an almost clean picture needs more.
-3. Tokens by content (SDT): a router looks at every token. A token that is switched off skips the
-   MLP and keeps its value; attention always sees all tokens.
-4. A switch is exactly 0 or 1; its gradient is that of a noisy sigmoid (straight-through Gumbel).
-   A FLOPs loss pulls the compute that is left towards a target share, lambda.
-5. Training computes everything and multiplies by masks. Sampling computes only what is on: all
-   pictures of a step share the time, hence heads and groups, so weights are sliced once per step.
+The question: DiT spends the same compute on every timestep and on every patch. How much of it can
+be left out without making the images worse?
 
-    E_t (time alone) -+- attn_rate -> heads  1 . 1 1      known for all blocks before the first runs
-                      +- mlp_rate --> groups 1 1 . .
-    x after attention --- token_selection --> tokens 1 . . 1 1 .
+1. Start from a trained DiT, add three routers to every block, and fine-tune all weights.
+2. Width by timestep (the paper's TDW): two routers see only the timestep. One switches attention
+   heads on and off, the other switches groups of MLP channels.
+3. Tokens by content (SDT): the third router sees each token after the attention. A token that is
+   off skips the MLP and keeps its value. Attention always sees all tokens.
+4. Every switch is exactly 0 or 1. In training it is random, and its gradient is that of a smooth
+   sigmoid. A FLOPs loss pulls the average compute towards a target share, lambda.
+5. Training computes everything and multiplies by the masks. Sampling computes only what is on.
 
-    a block:  x -+- norm, modulate - attention - *gate1 -(+)-+- norm, modulate - MLP - *gate2 -(+)-
-                 |                 3 of 4 heads           |  |  3 of 6 tokens, 2 of 4 groups    |
-                 +----------------------------------------+  +----------------------------------+
+    E_t --> attn_rate ---------+           E_t --> mlp_rate ------------+
+                               | heads 1 . 1 . 1 .                      | groups 1 1 . 1 . 1
+    x -+- norm, modulate - attention - *gate1 -(+)-+- norm, modulate - MLP - *gate2 - *tokens -(+)-
+       +----------------------------------------+  +-------------------------------------|------+
+                                                   +-> token_selection -> tokens 1 . 1 1 +
 
-Letters: B batch, C channels, S side of the picture, P side of a patch, L = (S/P)^2 tokens, D width,
-H heads, and also groups of 4D/H MLP channels, N depth, h heads and g groups that are on, M tokens
-of the batch that are on, E_t the embedding of the time, lambda the target share of FLOPs (the
-literature's word for multiply-accumulates).
-Time: t = 0 is data, t = 1 is noise (diffusion.py says more).
-Read next: gate(), Block.forward and Block.sliced, then loss().  Below the ruler: plain DiT.
+    1 is on, . is off. E_t is the embedding of the time alone, so heads and groups are the same for
+    all images of a sampling step. Sampling therefore cuts the weights. If head 2 of 3 is off:
+      rows of W_q, W_k, W_v       columns of W_o        A group of MLP channels that is off loses
+        head 1 |########|           1    2    3         its rows of W_1 and b_1, and its columns
+        head 2 |  off   |         |####|off |####|      of W_2, in the same way.
+        head 3 |########|         |####|off |####|
 
-Differences from the paper (P) and the official code (C)
-- C has no accelerated path for class-conditional DiT: its masks cost time. Block.sliced is ours. It
-  equals the masked path; evaluation takes it whenever a batch shares its heads and groups.
-- P sorts heads and channels by magnitude before fine-tuning, so that the one that is always on is
-  the strongest. C does not. rank() does, judging by the weights alone.
-- C's first release (NUS) has H outputs per width router and none that is always on, its second
-  (Alibaba) has H - 1. always_on says which; from_official reads both.
-- The FLOPs loss takes the ratio of the global batch (with --accum, of each part), in C that of each
-  GPU. Its weight 2, the ramp W, the 100 steps before it and stratified times are in C, not in P.
-- lambda is the share of a whole trajectory, so all times are drawn alike; if the parent's path
-  drew some more often (a rectified flow's logit-normal), its density weighs the diffusion loss.
-- A switch near logit 0 is on half the time in training and always in sampling. So P's and C's
-  ratios are off lambda by some hundredths; TINY without quiet ended at 0.78 for 0.7. quiet is ours:
-  the last steps have no noise, and the ratio that is trained is the one that sampling has.
-- C draws dropped labels anew for the complete model; here both passes see the same labels. C also
-  steps the optimizer twice on one gradient in phase 1; train.py steps once.
-- Routers decide in float32 by logit > 0: in bf16 the sigmoid of 0.008 is 0.5, which is "off".
-- The official biases (15, 15, 35) hardly move in a small network. TINY has its own, and router_lr.
-- route = "random", P's control, is our reading: a coin per switch and time, lambda on average.
-- Attention is the fused kernel; C writes out the softmax."""
+    gate:    on = [logit + n > 0],  n = log(u / (1 - u)),  u uniform in (0, 1);  sampling: n = 0
+             P(on) = sigmoid(logit);  backward: d on / d logit = sigmoid'((logit + n) / tau) / tau
+    block:   x = x + gate1 * (W_o [heads * softmax(q k') v] + b_o)
+             x = x + gate2 * tokens * (W_2 GELU(groups * (W_1 h + b_1)) + b_2),  h = modulate(LN(x))
+    ratio:   r = mean over blocks of  a mean(heads) + (1 - a) mean(groups) mean(tokens),
+             a = (4D + 2L) / (12D + 2L): attention's share of a dense block, 0.40 for S, 0.36 for XL
+    total:   loss = diffusion loss + 2 (mean of r over the batch - lambda_step)^2
+                    [+ diffusion loss of the full model, during the first full_model_steps]
+    lambda_step: 1 for 100 steps, then the straight line from 1 (step 0) to lambda (step W). So it
+             jumps from 1 to 0.95 at step 100 if lambda = 0.5 and W = 1000.
+
+The FLOPs loss at its extremes, from step W on: 0 if the mean ratio of the batch is lambda, however
+it is spread over times and images; 2 (1 - lambda)^2 = 0.5 for lambda = 0.5 if everything is on.
+
+Where the gradient comes from: a mask multiplies what it hides, so the loss has a gradient with
+respect to the mask. This also holds for a unit that is off, because training computes it anyway: it
+can be switched on again. The straight-through gate passes this gradient on to the logit. At the
+initial logit 15 the factor is 4e-6 on average with tau = 1, and 1e-2 with the paper's tau = 5.
+
+Worked example, S/2 (D = 384, L = 256). Per token and D, attention costs 4D + 2L = 2048 and the MLP
+8D = 3072. With 3 of 6 heads, 4 of 6 groups and 192 of 256 tokens on:
+    r = (2048 * 3/6 + 3072 * 4/6 * 192/256) / (2048 + 3072) = (1024 + 1536) / 5120 = 0.5
+
+Why tokens skip only the MLP: the paper argues that a token which skips attention loses its exchange
+with other tokens. Why the width routers see neither label nor image: the masks of all steps are
+known before sampling, and both halves of guidance share them. Why one head and one group are always
+on: no block can then lose its whole attention or MLP (our reading). We do not know why the paper
+has as many groups as heads.
+
+The paper's main result (ImageNet 256x256): DiT-XL/2 goes from 118.69 to 57.88 GFLOPs and is 1.73
+times faster. FID falls (improves) from 2.27 to 2.07, but inception score (277 to 248) and precision
+(0.83 to 0.80) fall too. Small models lose: S/2 has FID 21.46, and 28.75 at lambda = 0.5. The width
+grows from noise to data (Fig. 1c). Mean FID of S at 0.5 over five data sets: both kinds of router
+16.94, width only 20.93, tokens only 35.12, random masks 136.01.
+What we found: see experiments/README.md.
+
+Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width,
+H heads, and also the number of groups (each has 4D/H channels), N depth, h active heads, g active
+groups, M active tokens of the batch, E_t the time embedding (B, D), lambda the target ratio.
+"FLOPs" are multiply-accumulates, as in the paper.  Time: t = 0 is data, t = 1 is noise.
+Read next: gate(), Block.forward, then loss().
+
+Differences from the paper and from the official code (alibaba-damo-academy/DyDiT)
+- The official code cannot slice a class-conditional DiT, so its masks save no time. The sliced half
+  of Block.forward is our implementation of the paper's idea. It equals the masked half.
+- The paper sorts heads and channels by magnitude before fine-tuning, so that the always-on ones are
+  the strongest; the official code does not. sort_by_magnitude() looks at the weights only (ours).
+- An earlier official release (NUS-HPC-AI-Lab) has no always-on head or group: always_on=False.
+- lambda counts the products in attention and MLP only, as in the paper (Sec. 3.2). At XL/2 and 0.5
+  the whole network spends 60.0 of DiT's 118.6 GMAC: adaLN, embeddings and routers stay.
+- Only the official code has: weight 2, lambda_step, and stratified times (image i of a batch draws
+  its t in quarter i mod 4). It takes the mean ratio over the batch of one GPU. Here the mean is
+  over the global batch (with --accum, over each part of it).
+- lambda is a mean over all times, so all times are drawn equally often here. If the parent (the
+  trained DiT) drew some times more often, the diffusion loss is weighted by how often: our choice.
+- The paper trains the full model too for 30,000 steps of XL and never for S and B; the official
+  code does so in all steps if lambda = 0.7, and draws other dropped labels for that pass. Here both
+  passes have the same labels, and full_model_steps is 0.
+- Fine-tuning of XL takes 150,000 to 200,000 steps; for S, B and XL it is 1 to 6 % of the parent's
+  steps. The learning rate is 1e-4 (official code, lambda = 0.7: 2.5e-5). The official code skips
+  a step whose gradient norm is at least 200 (lambda = 0.7: 50), and applies each gradient twice
+  while it trains the full model. train.py steps once, and clips the gradient in its tiny recipe.
+- In training a switch is on with probability sigmoid(logit), in sampling always or never. The ratio
+  in sampling can thus differ from lambda. hard_gates_from is ours: from this step on, training has
+  no gate noise, so that the network learns with the masks of sampling.
+- Routers compute in float32 and test logit > 0. The official code tests sigmoid(logit) > 0.5; in
+  bfloat16 this sigmoid is rounded to 0.5, which is "off", up to a logit of 0.0078.
+- The official initial biases (15, 15, 35) hardly move in a small network. TINY has smaller ones and
+  a larger learning rate for the routers, router_lr: our choice.
+- route="random" is our reading of the paper's control: a pseudo-random number per switch and time.
+- Attention is torch's fused kernel; the official code writes out the softmax."""
 
 import math
-import sys
 from dataclasses import dataclass, replace
 
 import torch
@@ -58,7 +108,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    size: int = 32              # S, side of the picture or latent (ImageNet 256x256: 32)
+    size: int = 32              # S, side of the image or latent (ImageNet 256x256: 32)
     patch: int = 2              # P: 2, 4 or 8
     channels: int = 4           # C: 4 for Stable Diffusion's latents, 1 for digits
     classes: int = 1000         # y = classes means "no class"
@@ -67,302 +117,207 @@ class Config:
     heads: int = 6              # H. S: 6,   B: 12,  L: 16,   XL: 16
     learn_sigma: bool = True    # 2C output channels, the second C for DDPM's variance
     time_scale: float = 1000.0  # the network embeds time_scale * t
-    target: float = 0.5         # lambda, share of the dense blocks' FLOPs. S, B: .3-.9, XL: .3-.7
-    weight: float = 2.0         # of the FLOPs loss
-    ramp: int = 1000            # W: at this step lambda_step reaches lambda   (C, for 0.7: 5000)
-    hold: int = 100             # ... and before this one it is 1
-    complete: int = 0           # so many first steps also train the complete model. XL: 30000
-    quiet: int = 0              # from this step on switches have no noise, as in sampling; 0: never
-    tau: float = 5.0            # temperature of a switch's gradient; its decision has none
-    head_bias: float = 15.0     # the routers' start: P(on) = sigmoid(15)
+    target: float = 0.5         # lambda, the target ratio. S, B: 0.3 to 0.9; XL: 0.3 to 0.7
+    weight: float = 2.0         # weight of the FLOPs loss
+    anneal_steps: int = 1000    # W: from this step on lambda_step is lambda (5000 for 0.7)
+    anneal_start: int = 100     # before this step lambda_step is 1
+    full_model_steps: int = 0   # the first steps, which also train the full model. XL: 30000
+    hard_gates_from: int = 0    # from this step on gates have no noise, as in sampling; 0: never
+    tau: float = 5.0            # temperature of a gate's gradient; it does not change the forward
+    head_bias: float = 15.0     # initial logits of the routers: P(on) = sigmoid(15)
     channel_bias: float = 15.0
     token_bias: float = 35.0
-    router_lr: float = 1.0      # learning rate of the routers, in units of all others'
-    always_on: bool = True      # the first head and the first group have no switch (NUS: False)
+    router_lr: float = 1.0      # learning rate of the routers, relative to all other weights
+    always_on: bool = True      # the first head and the first group have no switch
     route: str = "both"         # both | width (TDW only) | tokens (SDT only) | random
 
 
-# The paper's start would not move in a few hundred steps: a router's logits change with D and lr.
+# The official biases would not move in a few hundred steps: per step a logit moves by about the
+# learning rate times the sum of |E_t|, which is small for a small D.
 TINY = Config(size=28, patch=4, channels=1, classes=10, dim=128, depth=6, heads=4,
-              ramp=150, hold=20, quiet=250, router_lr=30.0,
+              anneal_steps=150, anneal_start=20, hard_gates_from=250, router_lr=30.0,
               head_bias=10.0, channel_bias=10.0, token_bias=10.0)
 SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, heads=12),
          "L": dict(dim=1024, depth=24, heads=16), "XL": dict(dim=1152, depth=28, heads=16)}
 
 
-def gate(logit, u=None, tau=5.0):
-    """A switch: exactly 0.0 or 1.0, with a soft one's gradient (straight-through Gumbel-sigmoid).
+def gate(logit, u, tau=5.0):
+    """A switch: exactly 0.0 or 1.0, with the gradient of a sigmoid (straight-through Gumbel).
 
-    logit, any shape; u, the same shape, uniform in [0, 1). Without u: no noise, on where logit > 0.
-    P(on) = sigmoid(logit) for every tau. A large tau lets gradient through a switch that is far
-    from flipping: at logit 15 it is 4e-6 on average with tau = 1, and 1e-2 with tau = 5."""
-    if u is not None:
-        logit = logit + u.logit()                       # the difference of two Gumbels is logistic
+    logit and u in [0, 1], any shape. u uniform: training. u = 0.5 means no noise: on where
+    logit > 0. u = 1 forces the switch on and u = 0 forces it off; it then has no gradient."""
+    logit = logit + u.logit()                           # the difference of two Gumbels is logistic
     hard, soft = (logit > 0).to(logit.dtype), (logit / tau).sigmoid()
-    return hard - soft.detach() + soft                  # exactly hard: 1 - s is exact, s >= 1/2
+    return hard - soft.detach() + soft                  # exactly hard: 1 - s has no rounding error
 
 
-def spend(heads, groups, tokens, cfg):
-    """What each token costs, a dense block being 1.  (..., H), (..., H), (..., L) -> (..., L).
+def flops_per_token(heads, groups, tokens, cfg):
+    """Cost of each token; a dense block costs 1.  (..., H), (..., H), (..., L) -> (..., L).
 
-    Per token and D: attention 4D + 2L (q, k, v, o; QK', AV), MLP 8D. The mean over tokens and
-    blocks is the FLOPs ratio: 1 with all on, 1/H with one head, one group and every token."""
-    attention, mlp = 4 * cfg.dim + 2 * (cfg.size // cfg.patch) ** 2, 8 * cfg.dim
-    spent = attention * heads.mean(-1)[..., None] + mlp * groups.mean(-1)[..., None] * tokens
-    return spent / (attention + mlp)
+    The mean over tokens and blocks is the FLOPs ratio r: 1 if everything is on, 1/H with one head,
+    one group and every token."""
+    a, m = 4 * cfg.dim + 2 * (cfg.size // cfg.patch) ** 2, 8 * cfg.dim  # q, k, v, o, QK', AV; MLP
+    return (a * heads.mean(-1)[..., None] + m * groups.mean(-1)[..., None] * tokens) / (a + m)
 
 
 def lambda_step(step, cfg):
-    """The target while training: 1 for `hold` steps, then the line from 1 at 0 to lambda at W."""
-    return 1.0 if step < cfg.hold else 1 - (1 - cfg.target) * min(step / max(cfg.ramp, 1), 1)
+    """The target ratio of one training step: 1 at first, then a line from 1 down to lambda."""
+    progress = min(step / max(cfg.anneal_steps, 1), 1)
+    return 1.0 if step < cfg.anneal_start else 1 - (1 - cfg.target) * progress
 
 
-def loss(path, model, x0, y, step, draw):
-    """Called by train.py -> the dynamic model's diffusion loss; aux with the two others."""
+def loss(diffusion, model, x0, y, step, rng):
+    """Called by train.py: x0 (B, C, S, S), y (B,) -> the dynamic model's diffusion loss, and aux.
+
+    train.py adds every entry of aux that ends in _loss. diffusion.loss gives the loss of each image
+    (B,). rng draws the random numbers of this step; before it, training has seen rng.first images,
+    and rng.rows are the places of these B images in the global batch."""
     cfg = getattr(model, "module", model).cfg
-    quarter = (draw.first + draw.rows) % 4             # all quarters of time in turn,
-    t = path.grid((quarter + draw.uniform("t")) / 4)
-    often = path.density(t)                             # weighted as often as the parent saw them
-    noise = draw.normal("noise", *x0.shape[1:])
-    coin = draw.uniform("gate", cfg.depth, 2 * cfg.heads + (cfg.size // cfg.patch) ** 2)
-    if cfg.quiet and step >= cfg.quiet:
-        coin = torch.full_like(coin, 0.5)               # of logit 0: decide as in sampling
+    t = diffusion.from_uniform(((rng.first + rng.rows) % 4 + rng.uniform("t")) / 4)     # stratified
+    # weight (B,): how often the parent drew this t. noise (B, C, S, S): the diffusion's.
+    weight, noise = diffusion.time_density(t), rng.normal("noise", *x0.shape[1:])
+    gate_noise = rng.uniform("gate", cfg.depth, 2 * cfg.heads + (cfg.size // cfg.patch) ** 2)
+    if 0 < cfg.hard_gates_from <= step:
+        gate_noise = torch.full_like(gate_noise, 0.5)   # logit(0.5) = 0: no noise
 
-    per_picture, aux = path.loss(lambda *inputs: model(*inputs, noise=coin), x0, y, t, noise)
-    if step < cfg.complete:                             # phase 1: do not lose the dense model
-        aux["complete_loss"] = path.loss(
-            lambda *inputs: model(*inputs, complete=True), x0, y, t, noise)[0].mul(often).mean()
-    ratio = global_mean(aux["flops"].mean())
-    aux["flops_loss"] = cfg.weight * (ratio - lambda_step(step, cfg)) ** 2      # 0 on target; with
-    return (often * per_picture).mean(), aux            # all on: 2 (1 - lambda)^2, from step W
+    each, aux = diffusion.loss(lambda *xty: model(*xty, gate_noise=gate_noise), x0, y, t, noise)
+    if step < cfg.full_model_steps:                     # so that the full model stays good
+        full, _ = diffusion.loss(lambda *xty: model(*xty, full_model=True), x0, y, t, noise)
+        aux["full_model_loss"] = (weight * full).mean()
+    aux["flops_loss"] = cfg.weight * (global_mean(aux["flops"].mean()) - lambda_step(step, cfg))**2
+    return (weight * each).mean(), aux
 
 
 def global_mean(v):
-    """The mean over processes, with this one's gradient. The square of each process's own mean
-    would also punish their scatter: the freedom to spend more on one time than on another."""
-    if not dist.is_initialized():
-        return v
-    total = v.detach().clone()
-    dist.all_reduce(total)
-    return v + (total / dist.get_world_size() - v).detach()
-
-
-# -------------------------------------------------------------------------------- the three routers
-
-
-def decide(x, weight, bias):
-    """A router's linear layer in float32 (float64 stays), under autocast, too: rounding to bf16
-    flips about one decision in 100."""
-    exact = torch.promote_types(x.dtype, torch.float32)
-    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
-        return F.linear(x.to(exact), weight.to(exact), bias.to(exact))
+    """The mean of v over all processes, with the gradient of this process's v. If each process
+    squared the miss of its own mean, the loss would also penalise variation between ranks, although
+    images at easy times are meant to cost less."""
+    total, world_size = v.detach().clone(), dist.get_world_size() if dist.is_initialized() else 1
+    if world_size > 1:
+        dist.all_reduce(total)
+    return v + (total / world_size - v.detach())
 
 
 class WidthRouter(nn.Module):
-    """E_t (B, D) -> which heads, or groups of channels, are on (B, H). It does not see the label,
-    so that the two halves of guidance share the sliced weights."""
+    """E_t (B, D), u (B, H) -> which heads, or which groups of channels, are on (B, H)."""
 
-    full_precision = True                               # to train.py: no bf16 for these weights
+    full_precision = True                               # FSDP must not round these weights to bf16
 
-    def __init__(self, cfg, bias):
+    def __init__(self, cfg):
         super().__init__()
-        self.heads, self.tau, self.bias = cfg.heads, cfg.tau, bias
-        self.router = nn.Linear(cfg.dim, cfg.heads - cfg.always_on)
+        self.always_on, self.tau = int(cfg.always_on), cfg.tau
+        self.router = nn.Linear(cfg.dim, cfg.heads - self.always_on)
+        # Freeze a router that this ablation does not use, or that has no rows (one head).
+        self.requires_grad_(cfg.route in ("both", "width") and cfg.heads > self.always_on)
 
-    def forward(self, emb, u=None):
-        logit = decide(emb, self.router.weight, self.router.bias)             # (B, H-1)
-        u = u if u is None else u[:, self.heads - logit.shape[1] :]
-        return first_on(gate(logit, u, self.tau), self.heads)                       # (B, H)
-
-
-def first_on(mask, heads):
-    return F.pad(mask, (heads - mask.shape[-1], 0), value=1.0)      # (..., H-1 or H) -> (..., H)
+    def forward(self, emb, u):
+        logit = linear_fp32(emb, *self.router.parameters())                     # (B, H-1)
+        return F.pad(gate(logit, u[:, self.always_on :], self.tau), (self.always_on, 0), value=1.0)
 
 
 class TokenRouter(nn.Module):
-    """x (B, L, D) as it is, no norm, no time -> which tokens the MLP is for (B, L)."""
+    """x (B, L, D), without norm and time, u (B, L) -> which tokens the MLP processes (B, L)."""
 
     full_precision = True
 
     def __init__(self, cfg):
         super().__init__()
-        self.tau, self.bias, thin = cfg.tau, cfg.token_bias, cfg.dim // 16
-        self.mlp_head = nn.Sequential(nn.Linear(cfg.dim, thin), nn.ReLU(), nn.Linear(thin, 1))
+        self.tau, D = cfg.tau, cfg.dim
+        self.mlp_head = nn.Sequential(nn.Linear(D, D // 16), nn.ReLU(), nn.Linear(D // 16, 1))
+        self.requires_grad_(cfg.route in ("both", "tokens"))
 
-    def forward(self, x, u=None):
-        first, relu, last = self.mlp_head
-        x = relu(decide(x, first.weight, first.bias))                         # (B, L, D/16)
-        return gate(decide(x, last.weight, last.bias).squeeze(-1), u, self.tau)     # (B, L)
-
-
-# ------------------------------------------------------------- layers that can be sliced to a width
+    def forward(self, x, u):
+        x = linear_fp32(x, *self.mlp_head[0].parameters()).relu()               # (B, L, D/16)
+        return gate(linear_fp32(x, *self.mlp_head[2].parameters()).squeeze(-1), u, self.tau)
 
 
-class Sliceable(nn.Module):
-    """A layer that can work with the part of its weights that is on.
-
-    Copying that part takes 1 or 2 % of a block's time, so the newest copy is kept: neighbouring
-    times often switch alike. It is the one thing in this suite that a module keeps besides
-    parameters and buffers. Only frozen weights are kept: a fused optimizer writes into a weight
-    without raising its _version. Other changes show in the key (EMA and load_state_dict raise the
-    _version), or pass through _apply, as .to() does. Only writing through p.data goes unseen."""
-
-    kept = (None, None)                                 # key, parts
-
-    @torch.no_grad()
-    def weights(self, on):
-        """on: the numbers of the heads or groups that are on, a tuple, or None for all."""
-        whole = self.whole()
-        if on is None or len(on) == self.heads:
-            return whole
-        learns = any(w.requires_grad or w.is_inference() for w in whole)
-        key = None if learns else (on, *((id(w), w._version, w.data_ptr()) for w in whole))
-        if learns or self.kept[0] != key:
-            parts = self.parts(torch.tensor(on, dtype=torch.long, device=whole[0].device))
-            self.kept = (None, None) if learns else (key, parts)
-            return parts
-        return self.kept[1]
-
-    def _apply(self, *args, **kwargs):
-        self.kept = (None, None)
-        return super()._apply(*args, **kwargs)
+def take(w, i, n, dim=0):
+    """Cut one dimension of a weight into n equal parts -> the parts with the indices i (None: all).
+    Sampling leaves out heads and groups in this way."""
+    return w if i is None else w.unflatten(dim, (n, -1)).index_select(dim, i).flatten(dim, dim + 1)
 
 
-class DynamicAttention(Sliceable):
-    """A head that is off loses its rows of W_q, W_k, W_v and its columns of W_o. Softmax is per
-    head, so the others do not notice. The bias b_o is always added."""
+def attention(layer, x, mask=None, active=None):
+    """layer: Attention, x (B, L, D) -> (B, L, D). mask (B, H) hides heads; active (h,), the indices
+    of the heads that are on in the whole batch, computes only these.
 
-    def __init__(self, cfg):
-        super().__init__()
-        self.heads = cfg.heads
-        self.qkv = nn.Linear(cfg.dim, 3 * cfg.dim)
-        self.proj = nn.Linear(cfg.dim, cfg.dim)
-
-    def whole(self):
-        return self.qkv.weight, self.qkv.bias, self.proj.weight
-
-    def parts(self, on):
-        """-> (3hD/H, D), (3hD/H,), (D, hD/H)"""
-        wqkv, bqkv, wo = self.whole()
-        H, D = self.heads, len(wo)
-        return (wqkv.view(3, H, -1).index_select(1, on).view(-1, D),
-                bqkv.view(3, H, -1).index_select(1, on).flatten(),
-                wo.view(D, H, -1).index_select(1, on).flatten(1))
-
-    def forward(self, x, mask=None, on=None):
-        """x (B, L, D) with mask (B, H), or with the numbers of heads that are on -> (B, L, D)."""
-        (B, L, D), h = x.shape, self.heads if on is None else len(on)
-        wqkv, bqkv, wo = self.weights(on)
-        qkv = F.linear(x, wqkv, bqkv).view(B, L, 3, h, D // self.heads)       # (B, L, 3, h, D/H)
-        x = attend(*qkv.permute(2, 0, 3, 1, 4))                               # (B, h, L, D/H)
-        x = x if mask is None else x * mask[:, :, None, None].to(x.dtype)
-        return F.linear(x.transpose(1, 2).flatten(2), wo, self.proj.bias)           # (B, L, D)
+    Each head has its own softmax, so the others do not change when one is left out. The mask comes
+    before W_o, and the bias b_o is always added."""
+    (B, L, D), H = x.shape, layer.heads
+    if active is not None and len(active) == 0:         # attention kernels fail on an empty batch
+        return F.linear(x[..., :0], layer.proj.weight[:, :0], layer.proj.bias)      # b_o everywhere
+    rows = None if active is None else torch.cat([active, active + H, active + 2 * H])  # q, k, v
+    qkv = F.linear(x, take(layer.qkv.weight, rows, 3 * H), take(layer.qkv.bias, rows, 3 * H))
+    x = attend(*qkv.view(B, L, 3, -1, D // H).permute(2, 0, 3, 1, 4))           # (B, h, L, D/H)
+    x = (x if mask is None else x * mask[:, :, None, None].to(x.dtype)).transpose(1, 2)
+    return F.linear(x.flatten(2), take(layer.proj.weight, active, H, 1), layer.proj.bias)
 
 
-class DynamicMlp(Sliceable):
-    """4D channels in H groups. A group that is off loses its rows of W_1, b_1 and its columns of
-    W_2: its mask comes before GELU, and GELU(0) = 0. The bias b_2 is always added."""
+def mlp(layer, x, H, mask=None, active=None):
+    """layer: Mlp, its 4D channels in H groups; x (B, L, D) with mask (B, H), or x (..., D) with
+    active (g,), the indices of the groups that are on in the whole batch -> like x.
 
-    def __init__(self, cfg):
-        super().__init__()
-        self.heads = cfg.heads                          # as many groups
-        self.fc1 = nn.Linear(cfg.dim, 4 * cfg.dim)
-        self.fc2 = nn.Linear(4 * cfg.dim, cfg.dim)
-
-    def whole(self):
-        return self.fc1.weight, self.fc1.bias, self.fc2.weight
-
-    def parts(self, on):
-        """-> (4gD/H, D), (4gD/H,), (D, 4gD/H)"""
-        w1, b1, w2 = self.whole()
-        H, D = self.heads, len(w2)
-        return (w1.view(H, -1).index_select(0, on).view(-1, D),
-                b1.view(H, -1).index_select(0, on).flatten(),
-                w2.view(D, H, -1).index_select(1, on).flatten(1))
-
-    def forward(self, x, mask=None, on=None):
-        """x (B, L, D) with mask (B, H), or (M, D), too, with the groups that are on -> like x."""
-        w1, b1, w2 = self.weights(on)
-        x = F.linear(x, w1, b1)                                               # (B, L, 4gD/H)
-        if mask is not None:
-            x = x * mask.repeat_interleave(x.shape[-1] // self.heads, 1)[:, None].to(x.dtype)
-        return F.linear(F.gelu(x, approximate="tanh"), w2, self.fc2.bias)
+    The mask comes before GELU, and GELU(0) = 0, so b_1 vanishes too. b_2 is always added."""
+    x = F.linear(x, take(layer.fc1.weight, active, H), take(layer.fc1.bias, active, H))
+    x = x if mask is None else x * mask.repeat_interleave(x.shape[-1] // H, 1)[:, None].to(x.dtype)
+    x = F.gelu(x, approximate="tanh")                                           # (..., 4gD/H)
+    return F.linear(x, take(layer.fc2.weight, active, H, 1), layer.fc2.bias)    # (..., D)
 
 
 class Block(nn.Module):
-    """adaLN-Zero (DiT, Fig. 3) with switches. There are two ways through it to the same result."""
+    """adaLN-Zero (DiT, Fig. 3) with switches, computed in two ways: masked and sliced."""
 
     def __init__(self, cfg):
         super().__init__()
         self.norm1 = nn.LayerNorm(cfg.dim, eps=1e-6, elementwise_affine=False)
-        self.attn = DynamicAttention(cfg)
+        self.attn = Attention(cfg.dim, cfg.heads)
         self.norm2 = nn.LayerNorm(cfg.dim, eps=1e-6, elementwise_affine=False)
-        self.mlp = DynamicMlp(cfg)
+        self.mlp = Mlp(cfg.dim, 4 * cfg.dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
-        self.attn_rate = WidthRouter(cfg, cfg.head_bias)
-        self.mlp_rate = WidthRouter(cfg, cfg.channel_bias)
+        self.attn_rate, self.mlp_rate = WidthRouter(cfg), WidthRouter(cfg)
         self.token_selection = TokenRouter(cfg)
 
-    def forward(self, x, c, emb, u=None, width=None, tokens=None):
-        """Masked: compute all, hide what is off. Training needs it: to learn whether it should be
-        on, a switch must know what it hides.
+    def forward(self, x, c, u, heads, groups, sliced=False, all_on=False):
+        """x (B, L, D), c (B, D), u (B, L) -> x, tokens (B, L).
 
-        x (B, L, D), c and emb = E_t (B, D), u (B, 2H + L) noise of the switches; width (B, 2H) and
-        tokens (B, L): masks instead of the routers'.  -> x, heads, groups (B, H), tokens (B, L)"""
-        six = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                    # 6 x (B, 1, D)
+        heads and groups are masks (B, H). If sliced, they are the indices (h,) and (g,) of the
+        active ones, or None for all. all_on: u is 1 everywhere, so every token is on."""
+        six = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                # 6 x (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = six
-        heads, groups = self.width(emb, u) if width is None else width.chunk(2, dim=-1)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), heads)   # (B, L, D)
-        if tokens is None:
-            tokens = self.token_selection(x, u if u is None else u[:, -x.shape[1]:])
-        on = tokens[:, :, None].to(x.dtype)                                         # (B, L, 1)
-        x = x + on * gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2), groups)
-        return x, heads, groups, tokens
-
-    def width(self, emb, u):
-        H = self.mlp.heads
-        u1, u2 = (u, u) if u is None else (u[:, :H], u[:, H : 2 * H])
-        return self.attn_rate(emb, u1), self.mlp_rate(emb, u2)                      # 2 x (B, H)
-
-    def sliced(self, x, c, heads, groups, tokens=None):
-        """Sampling: compute only what is on, and write it into x: new memory is slow.
-
-        x (B, L, D), c (B, D), heads and groups: tuples of the numbers that are on, for the whole
-        batch; tokens (B, L): a mask instead of the router's.  -> x, tokens"""
-        six = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                    # 6 x (B, 1, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = six
-        x.addcmul_(gate1, self.attn(modulate_(self.norm1(x), shift1, scale1), on=heads))
-        tokens = self.token_selection(x) if tokens is None else tokens
-        rows = tokens.flatten().nonzero().squeeze(1)    # (M,) of B*L; the host waits for a GPU
-        if len(rows) == tokens.numel():
-            x.addcmul_(gate2, self.mlp(modulate_(self.norm2(x), shift2, scale2), on=groups))
-            return x, tokens
-        flat, picture = x.view(-1, x.shape[-1]), rows // x.shape[1]                 # (B*L, D), (M,)
-        shift2, scale2, gate2 = (v[:, 0].index_select(0, picture) for v in (shift2, scale2, gate2))
-        u = modulate_(self.norm2(flat.index_select(0, rows)), shift2, scale2)       # (M, D)
-        flat.index_add_(0, rows, (gate2 * self.mlp(u, on=groups)).to(x.dtype))
+        # Training: compute everything and multiply by the masks. A switch can only learn whether
+        # a unit should be on if the unit is computed.
+        if not sliced:
+            x = x + gate1 * attention(self.attn, modulate(self.norm1(x), shift1, scale1), heads)
+            tokens = self.token_selection(x, u)                                 # (B, L)
+            h = mlp(self.mlp, modulate(self.norm2(x), shift2, scale2), self.attn.heads, groups)
+            return x + tokens[:, :, None].to(x.dtype) * gate2 * h, tokens       # (B, L, D), (B, L)
+        # Sampling: compute only what is on, and write it into x, because new memory is slow.
+        h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)                    # modulate, one pass
+        x.addcmul_(gate1, attention(self.attn, h, active=heads))                # (B, L, D)
+        tokens = u if all_on else self.token_selection(x, u)                    # (B, L)
+        rows = None if all_on else tokens.flatten().nonzero().squeeze(1)        # (M,), a GPU sync
+        h, H = torch.addcmul(shift2, self.norm2(x), 1 + scale2), self.attn.heads
+        if all_on or len(rows) == tokens.numel():
+            x.addcmul_(gate2, mlp(self.mlp, h, H, active=groups))               # (B, L, D)
+        elif len(rows):
+            h = mlp(self.mlp, h.flatten(0, 1).index_select(0, rows), H, active=groups)  # (M, D)
+            h = (gate2[:, 0].index_select(0, rows // x.shape[1]) * h).to(x.dtype)  # (M, D)
+            x.view(-1, x.shape[-1]).index_add_(0, rows, h)                      # into (B*L, D)
         return x, tokens
-
-
-def modulate_(x, shift, scale):
-    """modulate() into x, in one pass."""
-    return torch.addcmul(shift, x, 1 + scale, out=x)
 
 
 class DyDiT(nn.Module):
     """x (B, C, S, S), t (B,) in [0, 1], y (B,) int in 0..classes -> prediction, aux.
 
     prediction (B, C, S, S), or (B, 2C, S, S) with learn_sigma. aux: the masks "heads", "groups"
-    (B, N, H), "tokens" (B, N, L, 1); "map" (N, B, L), what each token cost; "flops" (B,), its mean.
-    noise (B, N, 2H + L): uniform numbers for the switches in training; without it torch draws them.
-    complete: every switch is on. fast: True slices, False masks, None slices where it can."""
+    (B, N, H) and "tokens" (B, N, L, 1); "map" (N, B, L), the cost of each token; "flops" (B,), the
+    mean of the map. gate_noise (B, N, 2H + L): uniform numbers for the gates in training; without
+    it torch draws them. full_model: every switch is on. The model slices if it is in eval mode,
+    under torch.no_grad(), and if all images of the batch have the same heads and groups, which
+    holds in sampling; else, or with sliced=False, it multiplies by masks."""
 
     def __init__(self, cfg):
         super().__init__()
-        if cfg.route not in ("both", "width", "tokens", "random"):
-            raise ValueError(f"route {cfg.route!r}: both, width, tokens or random")
-        if not (0 < cfg.target <= 1 and cfg.tau > 0 and cfg.router_lr >= 0):
-            raise ValueError("target must be in (0, 1], tau above 0, router_lr not below 0")
         self.cfg = cfg
         self.x_embedder = PatchEmbed(cfg)
         self.pos_embed = nn.Parameter(sincos_2d(cfg), requires_grad=False)    # (1, L, D), fixed
@@ -371,168 +326,130 @@ class DyDiT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.final_layer = FinalLayer(cfg)
         initialize(self)
-        for b in self.blocks:                           # all on; who has no say does not learn
-            for r in (b.attn_rate, b.mlp_rate, b.token_selection):
-                nn.init.constant_(list(r.parameters())[-1], r.bias)
-                mine = "tokens" if r is b.token_selection else "width"
-                r.requires_grad_(cfg.route in ("both", mine))
+        for b in self.blocks:                           # every switch starts on
+            nn.init.constant_(b.attn_rate.router.bias, cfg.head_bias)
+            nn.init.constant_(b.mlp_rate.router.bias, cfg.channel_bias)
+            nn.init.constant_(b.token_selection.mlp_head[2].bias, cfg.token_bias)
+        routes = ("both", "width", "tokens", "random")
+        if not (cfg.route in routes and 0 < cfg.target <= 1 and cfg.tau > 0 and cfg.router_lr >= 0):
+            raise ValueError(f"need route in {routes}, 0 < target <= 1, tau > 0, router_lr >= 0")
 
-    def forward(self, x, t, y, noise=None, complete=False, fast=None):
-        x = (self.x_embedder(x) + self.pos_embed).contiguous()                      # (B, L, D)
-        emb = self.t_embedder(t)                                                    # (B, D), E_t
-        c = emb + self.y_embedder(y)                                                # (B, D)
-        N, switches = self.cfg.depth, 2 * self.cfg.heads + x.shape[1]
-        if noise is None and self.training and not complete:
-            noise = torch.rand(len(x), N, switches, device=x.device)                # (B, N, 2H + L)
-        noise = [None] * N if noise is None else noise.unbind(1)
-        width, tokens = self.given(t, complete)                         # N x (B, 2H), N x (B, L)
-        plan, width = self.plan(emb, width, fast if noise[0] is None else False)
-        masks = []
-        for i, block in enumerate(self.blocks):
-            if plan:
-                x, some = block.sliced(x, c, *plan[i], tokens[i])                   # (B, L, D)
-                masks.append((*width[i].chunk(2, dim=-1), some))
-            else:
-                x, *mask = block(x, c, emb, noise[i], width[i], tokens[i])          # (B, L, D)
-                masks.append(mask)
-        heads, groups, tokens = (torch.stack(m, dim=1) for m in zip(*masks))        # (B, N, H or L)
-        spent = spend(heads, groups, tokens, self.cfg)                              # (B, N, L)
-        aux = dict(map=torch.stack(spent.unbind(1)), flops=spent.mean((1, 2)),    # (N, B, L), (B,)
-                   heads=heads, groups=groups, tokens=torch.stack([tokens], dim=-1))
-        return unpatchify(self.final_layer(x, c), self.cfg), aux              # (B, C or 2C, S, S)
+    def forward(self, x, t, y, gate_noise=None, full_model=False, sliced=None):
+        x = self.x_embedder(x) + self.pos_embed                                 # (B, L, D)
+        emb = self.t_embedder(t)                                                # (B, D), E_t
+        c = emb + self.y_embedder(y)                                            # (B, D)
+        u = self.forced_masks(t, full_model)                                    # (B, N, 2H + L)
+        if self.training or gate_noise is not None:
+            u = torch.where(u == 0.5, torch.rand_like(u) if gate_noise is None else gate_noise, u)
+        heads, groups = self.width_masks(emb, u)                                # 2 x (B, N, H)
+        masked = self.training or torch.is_grad_enabled() or x.is_meta or sliced is False
+        active = None if masked else self.active_units(heads, groups)
+        all_on, tokens = full_model or self.cfg.route == "width", [None] * self.cfg.depth
+        masks = active or list(zip(heads.unbind(1), groups.unbind(1)))          # N x 2 x (B, H)
+        for i, (block, v) in enumerate(zip(self.blocks, u[..., -x.shape[1] :].unbind(1))):
+            x, tokens[i] = block(x.contiguous(), c, v, *masks[i], bool(active), all_on)
+        tokens = torch.stack(tokens, dim=1)                                     # (B, N, L)
+        cost = flops_per_token(heads, groups, tokens, self.cfg)                 # (B, N, L)
+        aux = dict(map=cost.transpose(0, 1).clone(), flops=cost.mean((1, 2)), heads=heads,
+                   groups=groups, tokens=tokens[..., None].clone())     # FSDP wants no views
+        return unpatchify(self.final_layer(x, c), self.cfg), aux                # (B, C or 2C, S, S)
 
-    def given(self, t, complete):
-        """Masks that no router decides: width N x (B, 2H), tokens N x (B, L); None if one does."""
-        N, H, route = self.cfg.depth, self.cfg.heads, self.cfg.route
-        n = 2 * H + self.pos_embed.shape[1]
-        ones = torch.ones(1, 1, 1, device=t.device).expand(len(t), N, n)
-        masks = coins(t, self.cfg) if route == "random" and not complete else ones
-        width, tokens = masks[..., : 2 * H].unbind(1), masks[..., 2 * H :].unbind(1)
-        every = complete or route == "random"
-        return (width if every or route == "tokens" else [None] * N,
-                tokens if every or route == "width" else [None] * N)
+    def forced_masks(self, t, full_model=False):
+        """t (B,) -> (B, N, 2H + L): 1 or 0 for a switch that no router decides, 0.5 for the others.
+        gate() understands these values as u."""
+        cfg, shape = self.cfg, (len(t), self.cfg.depth, 2 * self.cfg.heads)
+        if cfg.route == "random" and not full_model:
+            return random_masks(t, cfg)
+        width, tokens = [1.0 if full_model or cfg.route == r else 0.5 for r in ("tokens", "width")]
+        return F.pad(t.new_full(shape, width), (0, self.pos_embed.shape[1]), value=tokens)
 
-    def plan(self, emb, width, fast):
-        """Slice or mask? -> N x (numbers of heads, numbers of groups) or None, and the width masks.
+    def width_masks(self, emb, u):
+        """E_t (B, D), u (B, N, 2H + L) -> the heads and the groups of all blocks, 2 x (B, N, H)."""
+        u1, u2 = (v.unbind(1) for v in u[..., : 2 * self.cfg.heads].chunk(2, dim=-1))
+        masks = [(b.attn_rate(emb, v), b.mlp_rate(emb, w)) for b, v, w in zip(self.blocks, u1, u2)]
+        return [torch.stack(m, dim=1) for m in zip(*masks)]
 
-        Slice when nothing is learned and the batch agrees on the width: that is all sampling.
-        All routers of all blocks are one matrix product; the host gets the answer in one copy."""
-        if fast and torch.is_grad_enabled():
-            raise ValueError("the sliced path is for sampling: what it leaves out could not learn")
-        sharded = hasattr(self.blocks[0].mlp.fc1.weight, "placements")        # FSDP: only a part
-        learns = self.training or torch.is_grad_enabled()
-        if fast is False or fast is None and (learns or sharded or emb.is_meta):
-            return None, width
-        width = self.widths(emb) if width[0] is None else torch.stack(width, dim=1)     # (B, N, 2H)
-        agree = (width == width[:1]).all().view(1)
-        agree, *on = torch.cat([agree, width[0].flatten() > 0]).tolist()
-        if not agree and fast:
-            raise ValueError("the sliced path needs a batch that agrees on its heads and groups")
-        on = [on[i : i + self.cfg.heads] for i in range(0, len(on), self.cfg.heads)]    # 2N x H
-        on = [tuple(i for i, yes in enumerate(row) if yes) for row in on]
-        return list(zip(on[::2], on[1::2])) if agree else None, width.unbind(1)
+    def active_units(self, heads, groups):
+        """Masks (B, N, H) -> for each block the indices of its active heads and of its active
+        groups (None: all); or None if the images of the batch do not have the same masks.
 
-    def widths(self, emb):
-        """E_t (B, D) -> heads and groups of all blocks (B, N, 2H): a sampler's timetable."""
-        routers = [r.router for b in self.blocks for r in (b.attn_rate, b.mlp_rate)]
-        weight, bias = torch.cat([r.weight for r in routers]), torch.cat([r.bias for r in routers])
-        mask = gate(decide(emb, weight, bias))
-        mask = mask.view(len(emb), len(self.blocks), 2, len(routers[0].bias))
-        return first_on(mask, self.cfg.heads).flatten(2)                      # from (B, N, 2, H-1)
+        The CPU reads the numbers of active units from the GPU in one copy."""
+        width = torch.cat([heads, groups], dim=1)                               # (B, 2N, H)
+        same, *counts = torch.cat([(width == width[:1]).all()[None], width[0].sum(-1)]).tolist()
+        order = width[0].argsort(dim=-1, descending=True, stable=True)          # active ones first
+        units = [None if n == len(row) else row[: int(n)] for n, row in zip(counts, order)]
+        return list(zip(units[: heads.shape[1]], units[heads.shape[1] :])) if same else None
 
 
-Model = DyDiT                                           # the name train.py and sample.py ask for
+Model = DyDiT                                           # the name that train.py looks for
 
 
-def coins(t, cfg):
-    """The control without routers: t (B,) -> masks (B, N, 2H + L), a hash of t against a threshold.
+def random_masks(t, cfg):
+    """The control without routers: t (B,) -> masks (B, N, 2H + L).
 
-    All kinds of switches are on with the same share w, where attention w + MLP w^2 = lambda."""
-    H, L = cfg.heads, (cfg.size // cfg.patch) ** 2
-    a = (4 * cfg.dim + 2 * L) / (12 * cfg.dim + 2 * L)                        # attention's share
+    A unit is on if a pseudo-random number, a hash of t and of the unit, is below the share w. It is
+    the same share for heads, groups and tokens: a w + (1 - a) w^2 = lambda. If the first head and
+    group are always on, the others are on less often."""
+    H, L, on = cfg.heads, (cfg.size // cfg.patch) ** 2, int(cfg.always_on and cfg.heads > 1)
+    a = (4 * cfg.dim + 2 * L) / (12 * cfg.dim + 2 * L)  # attention's share of a block
     w = (math.sqrt(a * a + 4 * (1 - a) * cfg.target) - a) / (2 * (1 - a))
     i = torch.arange(cfg.depth * (2 * H + L), device=t.device)
-    u = (i * 12.9898 + t.float()[:, None] * 78.233).sin() * 43758.5453        # (B, N * (2H + L))
-    u = (u - u.floor()).view(len(t), cfg.depth, -1)
-    limit = torch.full((2 * H + L,), w, device=t.device)
-    if cfg.always_on and H > 1:                         # the first is on, the others make up for it
-        limit[: 2 * H] = (w * H - 1) / (H - 1)
-        limit[: 2 * H : H] = 1.0
-    return (u < limit).float()
+    u = (i * 12.9898 + t.float()[:, None] * 78.233).sin() * 43758.5453  # as graphics shaders do
+    u = (u - u.floor()).view(len(t), cfg.depth, -1)                             # (B, N, 2H + L)
+    width, tokens = u[..., : 2 * H] < (w * H - on) / (H - on), u[..., 2 * H :] < w
+    return torch.cat([width, tokens], dim=-1).float()
 
 
-# ------------------------------------------------------------------------------ starting from a DiT
-
-
-def rank(state, cfg):
-    """A dense DiT's weights with heads and channels sorted, the strongest first. The same function.
-
-    Strength of a head: |W_v| |W_o|, of a channel: |row of W_1| |column of W_2|."""
-    state, D, H = dict(state), cfg.dim, cfg.heads
-    for i in range(cfg.depth):
-        wqkv, bqkv, wo, w1, b1, w2 = (f"blocks.{i}.{name}" for name in (
-            "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight",
-            "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight"))
-        rows, columns = state[wqkv].view(3, H, -1), state[wo].view(D, H, -1)
-        order = (rows[2].norm(dim=1) * columns.norm(dim=(0, 2))).argsort(descending=True)   # (H,)
-        state[wqkv] = rows[:, order].view(3 * D, D)
-        state[bqkv] = state[bqkv].view(3, H, -1)[:, order].flatten()
-        state[wo] = columns[:, order].flatten(1)
-        order = (state[w1].norm(dim=1) * state[w2].norm(dim=0)).argsort(descending=True)    # (4D,)
-        state[w1], state[b1], state[w2] = state[w1][order], state[b1][order], state[w2][:, order]
-    return state
+@torch.no_grad()
+def sort_by_magnitude(model):
+    """Sort the heads and the channels of every block, the strongest first. The network computes the
+    same function. Strength of a head: |W_v| |W_o|; of a channel: |row of W_1| |column of W_2|."""
+    for b in model.blocks:
+        wqkv, bqkv, wo, _, w1, b1, w2, _ = (*b.attn.parameters(), *b.mlp.parameters())
+        D, H = len(wo), b.attn.heads
+        heads = wqkv.view(3, H, -1)[2].norm(dim=1) * wo.view(D, H, -1).norm(dim=(0, 2))  # (H,)
+        i = torch.arange(3 * D).view(3, H, -1)[:, heads.argsort(descending=True)].flatten() # (3D,)
+        j = (w1.norm(dim=1) * w2.norm(dim=0)).argsort(descending=True)          # (4D,)
+        for p, order in ((wqkv, i), (bqkv, i), (wo.mT, i[:D]), (w1, j), (b1, j), (w2.mT, j)):
+            p.copy_(p[order])
 
 
 def from_dense(state, cfg):
-    """What train.py --init does: a trained DiT, ranked, with routers that switch everything on."""
+    """Called by train.py --init: a trained DiT's state dict, sorted -> DyDiT, every switch on.
+
+    ValueError if the keys are not those of a dense DiT."""
     model = DyDiT(cfg)
-    dense = {k for k in model.state_dict() if "_rate." not in k and "token_selection." not in k}
-    if set(state) != dense:
-        raise ValueError(f"not the weights of a dense DiT: {min(set(state) ^ dense)}")
-    model.load_state_dict(rank(state, cfg), strict=False)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if unexpected or len(missing) != 8 * cfg.depth:     # 8 router tensors per block
+        raise ValueError(f"not the weights of a dense DiT: {unexpected or missing or 'routers'}")
+    sort_by_magnitude(model)
     return model
 
 
 def param_groups(model, lr):
     """Called by train.py: the routers have a learning rate of their own."""
-    parts = {1.0: [], model.cfg.router_lr: []}
+    groups = {1.0: [], model.cfg.router_lr: []}
     for name, p in model.named_parameters():
         router = "_rate." in name or "token_selection." in name
-        parts[model.cfg.router_lr if router else 1.0] += [p] if p.requires_grad else []
-    return [dict(params=params, lr=lr * factor) for factor, params in parts.items()]
-
-
-def from_official(state, heads=None, **overrides):
-    """DyDiT from a state dict of either release. The routers' rows tell the heads if a head is 64
-    or 72 wide, as in all of the paper's sizes; else pass heads=."""
-    state, fields = read_official(state, heads or 0)
-    if "blocks.0.attn_rate.router.weight" not in state:
-        raise ValueError("not a DyDiT checkpoint: no routers (from a DiT start by train.py --init)")
-    rows, dim = len(state["blocks.0.attn_rate.router.weight"]), fields["dim"]
-    heads = heads or next((h for h in (rows, rows + 1) if dim / h in (64, 72)), None)
-    if heads not in (rows, rows + 1):
-        raise ValueError(f"{rows} rows per router, width {dim}: pass heads={rows} or {rows + 1}")
-    fields |= dict(heads=heads, always_on=rows < heads)
-    model = DyDiT(replace(Config(), **(fields | overrides)))
-    model.load_state_dict(state)
-    return model
+        groups[model.cfg.router_lr if router else 1.0] += [p] if p.requires_grad else []
+    return [dict(params=params, lr=lr * factor) for factor, params in groups.items()]
 
 
 def cost(cfg):
-    """Of one picture: 1e9 multiply-accumulates in matrix products, with every switch on and at the
-    target. What idles changes with time and token, so no parameter is called idle."""
-    L, D, N = (cfg.size // cfg.patch) ** 2, cfg.dim, cfg.depth
-    blocks = N * (4 * L * D * D + 2 * L * L * D + 8 * L * D * D)              # qkvo; QK', AV; MLP
-    rest = N * 6 * D * D + plain_macs(cfg)                                    # adaLN; around blocks
-    routers = N * (L * (D + 1) * (D // 16) + 2 * D * (cfg.heads - cfg.always_on))
-    norms = 4 * (2 * N + 1) * L * D                     # the paper counts 4 per LayerNorm element
-    return {"idle parameters": 0, "GMAC": (blocks + rest) / 1e9,
-            "GMAC (the paper's count)": (blocks + rest + norms) / 1e9,
-            "GMAC at the target": (cfg.target * blocks + rest + routers) / 1e9}
+    """Cost of one image: GMAC, 1e9 multiply-accumulates in matrix products, with every switch on
+    and at the target. Both include the routers; a dense DiT has none. The paper's 118.69 GFLOPs of
+    DiT-XL/2 are its products (118.62) and 4 more per element of each LayerNorm. Which parameters
+    are idle changes with time and token, so no parameter is called idle."""
+    L, D = (cfg.size // cfg.patch) ** 2, cfg.dim
+    block = 4 * L * D * D + 2 * L * L * D + 8 * L * D * D + 6 * D * D   # qkvo; QK', AV; MLP; adaLN
+    routers = L * (D + 1) * (D // 16) + 2 * D * (cfg.heads - cfg.always_on)
+    total = cfg.depth * (block + routers) + plain_macs(cfg)
+    saved = (1 - cfg.target) * cfg.depth * (block - 6 * D * D)
+    return {"idle parameters": 0, "GMAC": total / 1e9, "GMAC at the target": (total - saved) / 1e9}
 
 
 # ------------------------------------------------------ plain DiT parts, the same in every file
-# ------------------------------------------------- (tests/test_shared.py fails when they drift)
+# ------------------------------------------------- (tests/papers/test_shared.py keeps them equal)
 
 
 def size(name, **fields):
@@ -549,13 +466,37 @@ def modulate(x, shift, scale):
 
 def attend(q, k, v):
     """softmax(q k' / sqrt(D/H)) v.  q, k, v (B, H, L, D/H) -> (B, H, L, D/H)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward is
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # 3 to 8 x slower than this
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward would
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # be 3 to 8 times slower
     return F.scaled_dot_product_attention(q, k, v)
 
 
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, L, D = x.shape
+        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)            # (B, L, 3, H, D/H)
+        x = attend(*qkv.permute(2, 0, 3, 1, 4))                                 # (B, H, L, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, L, D))                    # (B, L, D)
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
 class PatchEmbed(nn.Module):
-    """A picture's patches as tokens, row by row.  (B, C, S, S) -> (B, L, D)."""
+    """An image's patches as tokens, row by row.  (B, C, S, S) -> (B, L, D)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -576,7 +517,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         octave = torch.arange(128, device=t.device, dtype=torch.float32) / 128
         angle = self.scale * t.float()[:, None] * torch.exp(-math.log(10000) * octave)  # (B, 128)
-        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)                  # (B, 256)
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)                    # (B, 256)
         return self.mlp(wave.to(self.mlp[0].weight.dtype))
 
 
@@ -601,29 +542,31 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 2 * cfg.dim))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)           # 2 x (B, 1, D)
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)       # 2 x (B, 1, D)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 def unpatchify(x, cfg):
     """(B, L, P*P*C) -> (B, C, S, S). Inside a patch: row, column, channel (channel fastest)."""
     n, P = cfg.size // cfg.patch, cfg.patch
-    x = x.reshape(len(x), n, n, P, P, -1)                                     # (B, n, n, P, P, C)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, cfg.size, cfg.size)      # (B, C, S, S)
+    x = x.reshape(len(x), n, n, P, P, -1)                                       # (B, n, n, P, P, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, cfg.size, cfg.size)  # (B, C, S, S)
 
 
 def sincos_2d(cfg):
-    """Fixed position embedding (1, L, D): first half of D tells the column, second half the row."""
+    """The fixed position embedding (1, L, D): the first half of D encodes the column of a patch,
+    the second half its row."""
     n = cfg.size // cfg.patch
-    omega = 10000 ** -(torch.arange(cfg.dim // 4, dtype=torch.float64) / (cfg.dim // 4))    # (D/4,)
-    angle = torch.arange(n, dtype=torch.float64)[:, None] * omega             # (n, D/4)
-    wave = torch.cat([angle.sin(), angle.cos()], dim=1)                       # (n, D/2)
-    column, row = wave.repeat(n, 1), wave.repeat_interleave(n, dim=0)         # (L, D/2)
+    omega = 10000 ** -(torch.arange(cfg.dim // 4, dtype=torch.float64) / (cfg.dim // 4))  # (D/4,)
+    angle = torch.arange(n, dtype=torch.float64)[:, None] * omega               # (n, D/4)
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)                         # (n, D/2)
+    column, row = wave.repeat(n, 1), wave.repeat_interleave(n, dim=0)           # (L, D/2)
     return torch.cat([column, row], dim=1)[None].float()
 
 
 def initialize(model):
-    """DiT's start: Xavier for linears, N(0, 0.02) for embeddings, zeros where a block ends."""
+    """DiT's initial weights: Xavier for linear layers, N(0, 0.02) for the label table and the time
+    MLP, zeros for all gates and for the output."""
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)
@@ -634,34 +577,19 @@ def initialize(model):
         nn.init.normal_(w.weight, std=0.02)
     for m in (*(b.adaLN_modulation[1] for b in model.blocks), model.final_layer.adaLN_modulation[1],
               model.final_layer.linear):
-        nn.init.zeros_(m.weight)                        # gates and output 0: the network starts as
-        nn.init.zeros_(m.bias)                          # the identity and predicts 0
+        nn.init.zeros_(m.weight)                        # so each block starts as the identity, and
+        nn.init.zeros_(m.bias)                          # the network predicts 0
 
 
 def plain_macs(cfg):
-    """Multiply-accumulates of everything around the blocks: patches, time MLP, final layer."""
+    """Multiply-accumulates outside the blocks: patch embedding, time MLP, final layer."""
     L, D, pixels = (cfg.size // cfg.patch) ** 2, cfg.dim, cfg.patch**2 * cfg.channels
     return L * D * pixels * (2 + cfg.learn_sigma) + (256 + D) * D + 2 * D * D
 
 
-def read_official(state, heads):
-    """A released checkpoint -> its bare state dict, and the Config fields that shapes tell."""
-    for wrapper in ("ema", "model", "module", "state_dict"):
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    if "x_embedder.proj.weight" not in state:
-        raise ValueError("not a DiT checkpoint: it has no x_embedder.proj.weight")
-    dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    if heads is None:
-        raise ValueError("a checkpoint does not tell its heads: pass heads= (S 6, B 12, L, XL 16)")
-    return state, dict(
-        dim=dim, channels=channels, patch=patch, heads=heads,
-        size=math.isqrt(state["pos_embed"].shape[1]) * patch,
-        depth=1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks.")),
-        classes=len(state["y_embedder.embedding_table.weight"]) - 1,
-        learn_sigma=len(state["final_layer.linear.bias"]) == 2 * patch**2 * channels)
-
-
-if __name__ == "__main__":                              # python dydit.py CKPT: figures 5 and 6
-    from experiments.timetable import cli
-    sys.exit(cli(sys.argv[1:]))
+def linear_fp32(x, weight, bias=None):
+    """A linear layer in float32 (float64 stays), also under autocast: routers decide by small
+    differences, which bf16 would round away."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        return F.linear(x.to(wide), weight.to(wide), bias if bias is None else bias.to(wide))

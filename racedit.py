@@ -1,248 +1,251 @@
-"""Race-DiT: every token of the batch races for every expert.   Yuan et al. 2025, arXiv:2503.16057
+"""Race-DiT: every token of the batch races for every expert.  Yuan et al. 2025, arXiv:2503.16057
+"Expert Race: A Flexible Routing Strategy for Scaling Diffusion Transformer with Mixture of Experts"
 
-1. Replace every MLP by E small experts. A router scores every (token, expert) pair.
-2. Keep the best B*L*k pairs of the WHOLE batch: a hard token may win many experts, an easy one
-   none, so compute can go where noise level and picture need it. Nothing is normalised: the score
-   itself is the expert's weight ("identity gating"), so that scores compare across tokens.
-3. A picture to sample has no batch to race against. Training therefore remembers the score of the
-   last winner as a running threshold tau, and sampling keeps every pair that reaches tau.
-4. Router similarity loss: experts that win the same tokens are pushed to score tokens differently.
-5. Per-layer regularization: each router also predicts the final target from its hidden layer, so
-   that shallow layers learn something although deep ones write larger numbers.
+The question: a mixture of experts usually gives every token k experts, the hard ones and the easy
+ones alike. Can the router decide how much compute a token deserves?
 
-    scores (one batch)          race: the best B*L*k of all    token choice: the best k of each row
+1. Replace each MLP by E small experts. A router scores every (token, expert) pair.
+2. Keep the B*L*k best pairs of the whole batch. A hard token may win many experts, an easy one
+   none; a token without an expert passes through the residual connection unchanged.
+3. When sampling there is no such race: all images have the same t, so every noise level would get
+   k experts per token, and an image would depend on its batch. Training therefore tracks the
+   K-th best score as a moving average tau, and sampling keeps every pair that reaches tau.
+4. Router similarity loss: two experts that often win the same tokens are pushed to score tokens
+   differently. An expert that wins too many tokens is pushed to score lower.
+5. Per-layer regularization (PLR): the residual stream grows with depth, so that what shallow layers
+   add hardly counts and they learn little. So each router also predicts the final target.
+
+    training: scores of 3 tokens    race: the best B*L*k = 3      token choice: the best k = 1
+    and 3 experts; k = 1            of all 9 pairs                of each row
            e1  e2  e3
-    t1    [.9  .1  .7]          [x  .  x]   2 experts          [x  .  .]
-    t2    [.3  .2  .1]          [.  .  .]   0 experts          [x  .  .]        (here k = 1)
-    t3    [.2  .8  .4]          [.  x  .]   1 expert           [.  x  .]
-                                        tau = .7, the last winner's score
+    t1    [.9  .1  .7]              [x  .  x]   2 experts         [x  .  .]
+    t2    [.3  .2  .1]              [.  .  .]   0 experts         [x  .  .]
+    t3    [.2  .8  .4]              [.  x  .]   1 expert          [.  x  .]
+                                    third best score: .7, so tau moves towards .7
+    sampling with tau = .7: no race, the number of pairs is free
+    t1    [.8  .2  .9]              [x  .  x]   2 experts
+    t2    [.6  .1  .5]              [.  .  .]   0 experts
 
-Letters: B batch, C channels, S side of the picture, P side of a patch, L = (S/P)^2 tokens, D width,
-H heads, N depth, E experts, k experts per token on average, h width of an expert, T = B*L tokens.
-Time: t = 0 is data, t = 1 is noise (diffusion.py says more).
-Read next: select(), then MoE.forward().  Everything below the ruler is plain DiT.
+Equations (x: the normed and modulated token that the MLP of DiT would get; all sums over layers)
+    r = GELU(x W_1 + b_1)    logits = r W_g + b_g    gates = G(logits)        a router in each layer
+    MoE(x) = sum over the experts e that x won of gates_e F_e(x)              F_e: MLP, h = 4D/split
+    training: assigned = 1 for the K = B*L*k largest gates, v = the K-th; tau <- m tau + (1 - m) v
+    sampling: assigned = 1 where gates >= tau
+    P' = probs^T probs, probs = softmax(logits)     M' = assigned^T assigned     (E, E)  (Eqs. 9-11)
+    W_ii = E M'_ii / sum_a M'_aa          W_ij = (E^2 - E) M'_ij / sum_{a != b} M'_ab,  i != j
+    L_sim = 1/T sum_ij W_ij P'_ij         L_plr = mean (r W_t + b_t - target of the final layer)^2
+    L = L_diffusion + 1e-4 sum L_sim + 1e-2 sum L_plr
+G is the identity: the score itself is the weight, so scores compare across tokens. A sigmoid
+selects the same pairs with other weights. A softmax makes a token's gates sum to 1, so a hard token
+cannot outbid the others on several experts: it is worst in Table 1 (FID 16.47; identity 13.66).
+The identity has no lower bound: a chosen gate below 0 subtracts the output of its expert.
 
-Differences from the paper. No official code or weights were released, and some constants are not
-known to us; what we had to choose is marked "ours".
-- tau is an EMA of the last winner's score, per layer, momentum 0.99 (ours; re-implementations use
-  0.95 and 0.99). It starts at the first batch's value, not at 0 or 1: no warm-up bias (ours).
-- Loss weights 1e-4 (similarity), 1e-2 (per layer), summed over layers, as in a re-implementation.
-- Selection works on the gate G(S), not on the raw scores S: only then can softmax change who wins a
-  race, as Table 1 shows it does. The similarity loss always looks at softmax(S).
-- The race is run among the tokens of one process. pool=global races over all processes (ours).
-- Averaged weights (EMA) have a tau of their own, learned on training batches before they are saved
-  (train.settle): with the tau of the weights in training, a token gets about 6 % fewer experts.
-- Ties cannot win twice: training keeps exactly K pairs by index, in float32 (ours)."""
+Where the router's gradient comes from: the top-K has none. A chosen gate multiplies the output of
+its expert, so the diffusion loss reaches the logits of the winners, and only those. L_sim reaches
+all logits (through the softmax; the counts W are constants), L_plr the hidden layer r.
+
+What the losses say at their extremes. L_sim = 1 if all logits are equal, or if experts and pairs of
+experts are used evenly. This assumes that some token won two experts: without one, the second half
+of the sum is missing (token choice, k = 1, equal logits: 1/E). L_sim = (E/k)^2 if the same k > 1
+experts win every token with probability 1/k each: 16 for 2 of 8. The classic balance loss is then
+E/k; it sees loads only, and is 1 if they are even.
+Worked example, E = 8, k = 2, logits 4 for an expert that won and 0 for the others. Every token wins
+one pair of the twins (0,1), (2,3), (4,5), (6,7), all equally often: even loads, balance 1.0, but
+similarity 3.6, against 1.0 if all 28 pairs occur equally often. The eight experts are in fact four.
+
+Main result (ImageNet 256x256): the training loss of DiT-XL in 7.2 times fewer iterations at equal
+activated parameters; XL with 4 of 32 experts FID 3.31, dense XL 6.31 (Table 4). At B/2, 2 of 8:
+race 8.03, token choice 9.50, expert choice 10.13 (Table 6); tau 13.66 -> 11.56, PLR -> 8.95,
+similarity -> 8.03 (Table 3). Fig. 6: more experts at low noise; the authors' summary for lay
+readers calls pure noise the harder case.
+What we found (experiments/README.md has figures and commands): tau keeps k experts per token on
+average, yes. More experts at low noise: mixed, weakly so on Fashion-MNIST, the opposite on digits.
+
+Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width,
+H heads, N depth, E experts, k experts per token on average, h width inside an expert, T = B*L
+tokens, R pairs that won.
+Time: t = 0 is data, t = 1 is noise (see diffusion.py).
+Read next: select(), then MoE.forward().  The first ruler ends the paper's part.
+
+Differences and open points. We found no official code or weights. We could read the paper's tables
+and figure captions, but not its running text, so some constants come from re-implementations: R1 is
+a training code derived from DiffMoE's, R2 a gate for LoRA experts, R3 a library of router losses.
+- The weights 1e-4 (similarity) and 1e-2 (PLR), summed over layers, are those of R1; R2 has 1e-5.
+- The similarity loss follows R1 and R3, which agree. The classic balance loss has weight 0 here.
+- tau is a moving average in R1 (m = 0.95) and R2 (0.99, as here). They start it at 1 and at 0, and
+  it needs many steps to leave that value. Here it starts at the first K-th score (our choice).
+- Selection uses gates, not logits (our inference): otherwise a softmax could not change a race.
+- The race runs inside one process and one micro-batch (our choice; R1 races over all processes, as
+  pool=global does). The counts of the losses cover all processes.
+- tau is one number per layer; per expert for route "bl", per position for "be" (our choice).
+- The averaged weights (EMA) get a tau of their own from training batches before they are saved
+  (train.py). With the tau of the raw weights a token gets about 6 % fewer experts.
+- Exactly K pairs win in training: of pairs that equal the K-th score, only as many as fit (with
+  pool=global, all of them win).
+- Our choice too: logit-normal t, initial router biases of 0, the exact GELU in the router and its
+  tanh form in the experts, size "S"."""
 
 import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
 
 @dataclass
 class Config:
-    size: int = 32              # S, side of the picture or latent (ImageNet 256x256: 32)
+    size: int = 32              # S, side of the image or latent (ImageNet 256x256: 32)
     patch: int = 2              # P: 2, 4 or 8
     channels: int = 4           # C: 4 for Stable Diffusion's latents, 1 for digits
     classes: int = 1000         # y = classes means "no class"
-    dim: int = 768              # D. B: 768, M: 960, L: 1024, XL: 1152                   (Table 4)
-    depth: int = 12             # N. B: 12,  M: 16,  L: 24,   XL: 28
-    heads: int = 12             # H. B: 12,  M: 16,  L: 16,   XL: 16
+    dim: int = 384              # D. S: 384 (ours), B: 768, M: 960, L: 1024, XL: 1152    (Table 4)
+    depth: int = 12             # N. S: 12,         B: 12,  M: 16,  L: 24,   XL: 28
+    heads: int = 6              # H. S: 6,          B: 12,  M: 16,  L: 16,   XL: 16
     learn_sigma: bool = True    # 2C output channels, the second C for DDPM's variance
     time_scale: float = 1000.0  # the network embeds time_scale * t
     experts: int = 32           # E. "4-in-32" is k = 4, experts = 32, split = 4         (Table 4)
-    k: int = 4                  # experts per token, on average. Table 5: 1, 2, 4, 8 ...
-    split: int = 4              # ... with split = k: an expert is h = 4D / split wide, so that k of
-                                # them cost what the dense MLP costs
+    k: int = 4                  # experts per token on average: 1, 2, 4 or 8             (Table 5)
+    split: int = 4              # h = 4D/split. With split = k, k experts cost one dense MLP
     route: str = "race"         # race | token | expert | bl | be | le                   (Table 6)
     gate: str = "identity"      # identity | sigmoid | softmax                           (Table 1)
-    momentum: float = 0.99      # of tau; its memory is about 1 / (1 - momentum) steps
-    sim: float = 1e-4           # weight of the router similarity loss                   (Table 3)
-    plr: float = 1e-2           # weight of the per-layer regularization                 (Table 3)
-    balance: float = 0.0        # weight of the classic balance loss, sim's rival        (Table 2)
-    pool: str = "local"         # local | global: race within a process or over all of them
+    momentum: float = 0.99      # m of tau, which remembers about 1 / (1 - m) steps      (R2)
+    sim: float = 1e-4           # weight of the router similarity loss                   (R1)
+    plr: float = 1e-2           # weight of the per-layer regularization                 (R1)
+    balance: float = 0.0        # weight of the classic balance loss, the rival of sim   (Table 2)
+    pool: str = "local"         # local | global: race inside a process or over all of them
 
 
-TINY = Config(size=28, patch=4, channels=1, classes=10, dim=128, depth=6, heads=4,
-              experts=8, k=2, split=2)                                                 # 2-in-8
+TINY = Config(size=28, patch=4, channels=1, classes=10, dim=128, depth=6, heads=4)
+TINY = replace(TINY, experts=8, k=2, split=2)                                          # 2-in-8
 SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, heads=12),
-         "M": dict(dim=960, depth=16, heads=16), "L": dict(dim=1024, depth=24, heads=16),
-         "XL": dict(dim=1152, depth=28, heads=16)}          # S is not in the paper
+         "M": dict(dim=960, depth=16, heads=16),
+         "L": dict(dim=1024, depth=24, heads=16), "XL": dict(dim=1152, depth=28, heads=16)}
 
-# Who competes with whom: the order of the axes (0 batch, 1 token, 2 expert), and how many of the
-# first axes separate one contest from the next. The axes that remain compete with each other.
-ROUTES = {"token": ((0, 1, 2), 2),      # contests: B*L, among E        DiT-MoE
-          "expert": ((0, 2, 1), 2),     # contests: B*E, among L        EC-DiT
-          "bl": ((2, 0, 1), 1),         # contests: E,   among B*L      DiffMoE in training
-          "be": ((1, 0, 2), 1),         # contests: L,   among B*E
-          "le": ((0, 1, 2), 1),         # contests: B,   among L*E
-          "race": ((0, 1, 2), 0)}       # contests: 1,   among B*L*E    this paper
-CROSSING = ("race", "bl", "be")         # pictures compete with each other: sampling needs tau
-GATES = {"identity": lambda S: S, "sigmoid": torch.sigmoid, "softmax": lambda S: S.softmax(-1)}
-
-
-def contests(scores, route):
-    """scores (B, L, E) -> one row per contest (D_A, D_B): D_A contests among D_B pairs each."""
-    axes, rows = ROUTES[route]
-    scores = scores.permute(axes)
-    return scores.reshape(math.prod(scores.shape[:rows]), -1)
+# Who competes with whom: ROUTES[route](scores) has one row for each group, (groups, pairs). All
+# pairs of a group compete with each other, pairs of different groups do not.    (Fig. 3, Table 6)
+ROUTES = {"token": lambda s: s.flatten(0, 1),                                   # (B*L, E)   DiT-MoE
+          "expert": lambda s: s.mT.flatten(0, 1),                               # (B*E, L)   EC-DiT
+          "bl": lambda s: s.flatten(0, 1).mT,                                   # (E, B*L)   DiffMoE
+          "be": lambda s: s.transpose(0, 1).flatten(1),                         # (L, B*E)
+          "le": lambda s: s.flatten(1),                                         # (B, L*E)
+          "race": lambda s: s.reshape(1, -1)}                                   # (1, B*L*E)
+GATES = {"identity": lambda s: s, "sigmoid": torch.sigmoid, "softmax": lambda s: s.softmax(-1)}
 
 
 def select(gates, k, route="race"):
-    """The paper: ONE top-K, whatever the axes.   (Fig. 3, Table 6)
+    """The paper: one top-K, whoever competes with whom.   (Fig. 3, Table 6)
 
-    gates (B, L, E) -> winners: the K best pairs of every contest as indices into gates.flatten(),
-    (D_A * K,); last: the score of each contest's last winner, (D_A,). K = D_B * k / E: every route
-    spends k experts per token on average (rounded down where E does not divide, but at least 1)."""
-    rows = contests(gates, route)                                               # (D_A, D_B)
-    K = max(1, rows.shape[1] * k // gates.shape[2])
-    score, column = rows.topk(K, dim=1)                                         # (D_A, K)
-    return contests(pairs(gates), route).gather(1, column).flatten(), score[:, -1]
-
-
-def reach(gates, tau, route="race"):
-    """The same when sampling: all pairs that reach tau (D_A,). No picture looks at another."""
-    return contests(pairs(gates), route)[contests(gates, route) >= tau[:, None]]
+    gates (B, L, E) -> winners (groups * K,): the K best pairs of every group, as indices into
+    gates.flatten(); kth_score (groups,). K = pairs * k / E, so that all routes spend k experts per
+    token on average; K is rounded down, but it is at least 1."""
+    groups = ROUTES[route](gates.detach())                                      # (groups, pairs)
+    K = max(1, groups.shape[1] * k // gates.shape[2])
+    score, place = groups.topk(K, dim=1, sorted=False)                          # (groups, K)
+    return ROUTES[route](pair_index(gates)).gather(1, place).flatten(), score.amin(1)
 
 
-def pairs(gates):
-    """The index of every (token, expert) pair, (B, L, E)."""
+def select_by_threshold(gates, tau, route="race"):
+    """Sampling: all pairs that reach tau (groups,), indices as from select(). What one image gets
+    does not depend on the other images."""
+    return ROUTES[route](pair_index(gates))[ROUTES[route](gates) >= tau[:, None]]
+
+
+def pair_index(gates):
+    """The place of every pair in gates.flatten(), (B, L, E): token * E + expert."""
     return torch.arange(gates.numel(), device=gates.device).view(gates.shape)
 
 
-def select_global(gates, k, route):
-    """select() among the pairs of all processes -> those winners that are mine, and last."""
-    everyone = gates.new_empty(dist.get_world_size() * len(gates), *gates.shape[1:])
-    dist.all_gather_into_tensor(everyone, gates.detach().contiguous())          # (W*B, L, E)
-    winners, last = select(everyone, k, route)
-    mine = winners // gates.numel() == dist.get_rank()
-    return winners[mine] % gates.numel(), last
-
-
-def similarity_loss(logits, won):
+def similarity_loss(logits, assigned):
     """Router similarity loss.   (Eqs. 9-11)
 
-    logits, won (T, E), won is 0 or 1 -> scalar. 1 when tokens are spread evenly over experts and
-    over pairs of experts, or when all logits are equal; more when experts that win the same tokens
-    also score them alike. Counts are constants: gradient flows through the softmax only."""
-    T, E = logits.shape
-    P = logits.softmax(-1)
-    alike, shared = P.mT @ P, won.mT @ won                                      # P', M' (E, E)
-    if dist.is_initialized():
-        dist.all_reduce(shared)                                              # count the whole batch
-    own = shared.diagonal().diag()
-    both = shared - own
-    W = E * own / own.sum() + (E * E - E) * both / both.sum().clamp(min=1)      # both parts: mean 1
-    return (W * alike).sum() / T
+    logits, assigned (T, E), assigned is 0 or 1 -> scalar. The docstring above tells its extremes.
+    W counts winners and is a constant: gradient flows through the softmax only."""
+    (T, E), probs = logits.shape, logits.softmax(-1)
+    shared = gather_processes(linear_fp32(assigned.mT, assigned.mT)[None]).sum(0)   # M' (E, E)
+    load, both = shared.diagonal().diag(), shared.tril(-1) + shared.triu(1)     # i = j; i != j
+    W = E * load / load.sum() + (E * E - E) * both / both.sum().clamp(min=1)    # each part: mean 1
+    return (W * linear_fp32(probs.mT, probs.mT)).sum() / T                      # P' = probs^T probs
 
 
-def balance_loss(logits, won):
-    """The classic rival: 1 when loads are even, E when one expert scores and wins everything."""
-    load = won.sum(0)
-    if dist.is_initialized():
-        dist.all_reduce(load)
+def balance_loss(logits, assigned):
+    """The classic rival of similarity_loss() (Table 2): 1 if loads are even, E / k if the same k
+    experts win every token and the softmax agrees; still about 1 if the softmax is nearly flat."""
+    load = gather_processes(assigned.sum(0, keepdim=True)).sum(0)               # (E,)
     return logits.shape[1] * (load / load.sum() * logits.softmax(-1).mean(0)).sum()
 
 
-class Router(nn.Module):
-    """u (B, L, D) -> scores S (B, L, E), and in training a guess of the target (B, L, P*P*C).
+def experts_loop(experts, x, token, expert, gate):
+    """What self.experts in MoE computes, written out.  x (T, D); token, expert, gate (R,), one
+    entry for each pair -> (T, D). The engine below computes the same, faster."""
+    y = torch.zeros_like(x)
+    for e, (w1, b1, w2, b2) in enumerate(zip(experts.w1, experts.b1, experts.w2, experts.b2)):
+        own = token[expert == e]                                                # (n,)
+        y = y.index_add(0, own, gate[expert == e, None] * (gelu(x[own] @ w1 + b1) @ w2 + b2))
+    return y
 
-    Both read one hidden layer r: this is how per-layer regularization teaches it (Fig. 12). Always
-    in float32: in bf16 many pairs would tie with the last winner."""
+
+class Router(nn.Module):
+    """x (B, L, D) -> logits (B, L, E); in training also a prediction of the diffusion target,
+    (B, L, P*P*C). Both read the hidden layer r, so per-layer regularization trains r (Fig. 12).
+    In float32: in bf16 many pairs would equal the K-th score."""
+
+    full_precision = True                               # FSDP must not round these weights
 
     def __init__(self, cfg):
         super().__init__()
-        self.hidden = nn.Linear(cfg.dim, cfg.dim)                               # W_1
-        self.score = nn.Linear(cfg.dim, cfg.experts)                            # W_g
+        self.hidden, self.score = nn.Linear(cfg.dim, cfg.dim), nn.Linear(cfg.dim, cfg.experts)
         self.target = nn.Linear(cfg.dim, cfg.patch**2 * cfg.channels)           # W_t, training only
 
-    full_precision = True                   # sharded training must not round these weights
-
-    def forward(self, u):
-        def linear(layer, x):
-            return F.linear(x, layer.weight.float(), layer.bias.float())
-        r = F.gelu(linear(self.hidden, u.float()))                              # (B, L, D)
-        return linear(self.score, r), linear(self.target, r) if self.training else None
-
-
-class Experts(nn.Module):
-    """E MLPs, D -> h -> D.  x (R, D), rows sorted by expert -> (R, D).
-
-    Expert e owns rows ends[e-1]:ends[e], possibly none; owner (R,) names the expert of a row."""
-
-    def __init__(self, cfg):
-        super().__init__()
-        E, D, h = cfg.experts, cfg.dim, 4 * cfg.dim // cfg.split
-        self.w1, self.b1 = nn.Parameter(torch.empty(E, D, h)), nn.Parameter(torch.zeros(E, h))
-        self.w2, self.b2 = nn.Parameter(torch.empty(E, h, D)), nn.Parameter(torch.zeros(E, D))
-        for w in (*self.w1, *self.w2):              # one by one: a 3-D stack has other fans
-            nn.init.xavier_uniform_(w)
-
-    def forward(self, x, ends, owner):
-        w1, b1, w2, b2 = (w.to(amp_dtype(x)) for w in (self.w1, self.b1, self.w2, self.b2))
-        x = x.to(w1.dtype)
-        if x.dtype == torch.bfloat16 and x.device.type != "cpu":               # all experts at once
-            z = F.grouped_mm(x, w1, offs=ends) + b1.index_select(0, owner)      # (R, h)
-            z = F.gelu(z, approximate="tanh")
-            return F.grouped_mm(z, w2, offs=ends) + b2.index_select(0, owner)   # (R, D)
-        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()                  # one after the other
-        experts = zip(x.split(sizes), w1.unbind(), b1.unbind(), w2.unbind(), b2.unbind())
-        return torch.cat([self.one(*expert) for expert in experts])
-
-    def one(self, x, w1, b1, w2, b2):
-        """x (n, D) -> (n, D). A CPU builds a bf16 product anew for every number of rows it has not
-        seen: rounding n up makes numbers recur, and a training step 1.5 times as fast."""
-        even = x.dtype == torch.bfloat16                    # padding by nothing would copy x
-        z = F.pad(x, (0, 0, 0, -len(x) % 32)) if even else x
-        z = torch.addmm(b2, F.gelu(torch.addmm(b1, z, w1), approximate="tanh"), w2)
-        return z[: len(x)] if even else z
+    def forward(self, x):
+        r = F.gelu(linear_fp32(x, self.hidden.weight, self.hidden.bias))        # (B, L, D)
+        target = linear_fp32(r, self.target.weight, self.target.bias) if self.training else None
+        return linear_fp32(r, self.score.weight, self.score.bias), target
 
 
 class MoE(nn.Module):
-    """MoE(u): sum over the experts e that token u won of Z_e F_e(u).  (B, L, D) -> the same, notes.
+    """MoE(x) = sum of gates_e F_e(x) over the experts e that x won.  x (B, L, D) -> same, stats.
 
-    M (T, E) says who won, Z is the gate, R pairs won in all. notes: "map" (B, L) experts per token,
-    "load" (E,) tokens per expert; in training also what the losses and tau learn from."""
+    stats: "map" (B, L) experts per token, "load" (E,) tokens per expert; in training also what the
+    losses and tau need."""
 
     def __init__(self, cfg):
         super().__init__()
-        self.cfg = cfg
-        self.router, self.experts = Router(cfg), Experts(cfg)
-        rows = {"race": 1, "bl": cfg.experts, "be": (cfg.size // cfg.patch) ** 2}.get(cfg.route, 0)
-        self.register_buffer("tau", torch.full((rows,), torch.nan))   # (D_A,); nan: before training
+        self.cfg, self.router = cfg, Router(cfg)
+        self.experts = Experts(cfg.experts, cfg.dim, 4 * cfg.dim // cfg.split, "gelu")
+        groups = {"race": 1, "bl": cfg.experts, "be": (cfg.size // cfg.patch) ** 2}
+        self.register_buffer("tau", torch.full((groups.get(cfg.route, 0),), torch.nan))
 
-    def forward(self, u):
-        (B, L, D), E, T = u.shape, self.cfg.experts, u.shape[0] * u.shape[1]
-        with no_autocast(u):
-            S, guess = self.router(u)                                           # (B, L, E)
-            Z = GATES[self.cfg.gate](S)
-            winners, last = self.contest(Z)                                     # (R,), (D_A,)
-            M = torch.zeros_like(S).flatten().index_fill(0, winners, 1.0).view(T, E)
-            notes = dict(map=M.sum(1).view(B, L), load=M.sum(0))
-            if self.training:
-                notes |= dict(similarity=similarity_loss(S.view(T, E), M), guess=guess,
-                              balance=balance_loss(S.view(T, E), M), last_stat=last[:len(self.tau)])
-        order = (winners % E * T + winners // E).sort().values                  # (R,) by expert
-        owner, token = order // T, order % T
-        x = self.experts(u.reshape(T, D).index_select(0, token), M.sum(0).cumsum(0).int(), owner)
-        x = x.float() * Z.flatten().index_select(0, token * E + owner)[:, None]             # (R, D)
-        return x.new_zeros(T, D).index_add(0, token, x).view(B, L, D).to(u.dtype), notes
+    def forward(self, x):
+        (logits, target), E = self.router(x), self.cfg.experts  # (B, L, E), (B, L, P*P*C) or None
+        gates = GATES[self.cfg.gate](logits)                                    # (B, L, E)
+        winners, kth_score = self.compete(gates)                                # (R,), (groups,)
+        assigned = gates.new_zeros(gates.numel()).index_fill(0, winners, 1.0).view(-1, E)   # (T, E)
+        stats = dict(map=assigned.sum(1).view(x.shape[:2]), load=assigned.sum(0))
+        if self.training:
+            stats |= dict(similarity=similarity_loss(logits.flatten(0, 1), assigned),
+                          balance=balance_loss(logits.flatten(0, 1), assigned),
+                          target_prediction=unpatchify(target, self.cfg),
+                          kth_score_stat=kth_score[:len(self.tau)])
+        y = self.experts(x.flatten(0, 1), winners // E, winners % E,
+                         gates.flatten().index_select(0, winners))              # (T, D)
+        return y.view(x.shape).to(x.dtype), stats
 
-    def contest(self, Z):
-        """Training: the top-K. Sampling: tau, where pictures of a batch would otherwise compete."""
-        if not self.training and self.cfg.route in CROSSING and not self.tau.isnan().any():
-            return reach(Z, self.tau.to(Z.dtype), self.cfg.route), self.tau
-        if self.cfg.pool == "global" and dist.is_initialized():
-            return select_global(Z, self.cfg.k, self.cfg.route)
-        return select(Z, self.cfg.k, self.cfg.route)
+    def compete(self, gates):
+        """Training: the top-K. Sampling: tau, for the routes where images compete with each other.
+        An untrained tau is nan: nothing reaches it, and the top-K decides."""
+        if not self.training and len(self.tau):
+            winners = select_by_threshold(gates, self.tau.to(gates.dtype), self.cfg.route)  # (R,)
+            if len(winners) or not self.tau.isnan().any():
+                return winners, self.tau
+        if self.cfg.pool == "global" and len(self.tau) and torch.distributed.is_initialized():
+            tau = select(gather_processes(gates), self.cfg.k, self.cfg.route)[1]    # (groups,)
+            return select_by_threshold(gates, tau, self.cfg.route), tau
+        return select(gates, self.cfg.k, self.cfg.route)
 
 
 class Block(nn.Module):
-    """adaLN-Zero with the race in the MLP's place.  x (B, L, D), c (B, D) -> (B, L, D), notes."""
+    """adaLN-Zero with the race in the MLP's place.  x (B, L, D), c (B, D) -> (B, L, D), stats."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -256,28 +259,24 @@ class Block(nn.Module):
         six = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                # 6 x (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = six
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))      # (B, L, D)
-        y, notes = self.moe(modulate(self.norm2(x), shift2, scale2))            # (B, L, D)
-        return x + gate2 * y, notes
+        y, stats = self.moe(modulate(self.norm2(x), shift2, scale2))            # (B, L, D)
+        return x + gate2 * y, stats
 
 
 class RaceDiT(nn.Module):
     """x (B, C, S, S), t (B,) in [0, 1], y (B,) int in 0..classes -> prediction, aux.
 
     prediction (B, C, S, S), or (B, 2C, S, S) with learn_sigma. aux: "map" (N, B, L) experts per
-    token, "load" (N, E) tokens per expert; in training also "sim_loss", "balance_loss", "last_stat"
-    (N, D_A) for update_buffers() and "guess" (N, B, C, S, S) for loss()."""
+    token, "load" (N, E) tokens per expert; in training also "sim_loss" (sim * N if even, see the
+    docstring above), "balance_loss" (balance * N if even), which train.py adds to the diffusion
+    loss, "target_prediction" (N, B, C, S, S) for loss(), and "kth_score_stat" (N, groups)."""
 
     def __init__(self, cfg):
         super().__init__()
-        if (cfg.route not in ROUTES or cfg.gate not in GATES or cfg.pool not in ("local", "global")
-                or not 1 <= cfg.k <= cfg.experts or not 1 <= cfg.split <= 4 * cfg.dim):
-            raise ValueError(f"route {cfg.route!r}, gate {cfg.gate!r}, pool {cfg.pool!r}, k "
-                             f"{cfg.k}, split {cfg.split}: route is one of {', '.join(ROUTES)}; "
-                             f"gate of {', '.join(GATES)}; pool of local, global; k in 1..experts; "
-                             "split in 1..4D")
+        check_config(cfg, route=ROUTES, gate=GATES, pool=("local", "global"), split=range(1, 65))
         self.cfg = cfg
         self.x_embedder = PatchEmbed(cfg)
-        self.pos_embed = nn.Parameter(sincos_2d(cfg), requires_grad=False)      # (1, L, D), fixed
+        self.pos_embed = nn.Parameter(sincos_2d(cfg), requires_grad=False)    # (1, L, D), fixed
         self.t_embedder = TimestepEmbedder(cfg)
         self.y_embedder = LabelEmbedder(cfg)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
@@ -285,65 +284,159 @@ class RaceDiT(nn.Module):
         initialize(self)
 
     def forward(self, x, t, y):
-        x, notes = self.x_embedder(x) + self.pos_embed, []                      # (B, L, D)
+        x, stats = self.x_embedder(x) + self.pos_embed, []                      # (B, L, D)
         c = self.t_embedder(t) + self.y_embedder(y)                             # (B, D)
         for block in self.blocks:
-            x, note = block(x, c)                                               # (B, L, D)
-            notes.append(note)
-        aux = {key: torch.stack([note[key] for note in notes]) for key in notes[0]}
+            x, own = block(x, c)                                                # (B, L, D)
+            stats.append(own)
+        aux = {key: torch.stack([own[key] for own in stats]) for key in own}    # (N, ...) each
         if self.training:
-            aux["sim_loss"] = self.cfg.sim * aux.pop("similarity").sum()        # even: sim * N
-            aux["balance_loss"] = self.cfg.balance * aux.pop("balance").sum()   # even: balance * N
-            aux["guess"] = torch.stack([unpatchify(g, self.cfg) for g in aux["guess"]])
+            aux["sim_loss"] = self.cfg.sim * aux.pop("similarity").sum()
+            aux["balance_loss"] = self.cfg.balance * aux.pop("balance").sum()
         return unpatchify(self.final_layer(x, c), self.cfg), aux                # (B, C or 2C, S, S)
 
-    @torch.no_grad()
     def update_buffers(self, aux):
-        """tau <- m tau + (1 - m) last: once per training step, after backward(), never in
-        forward(), which activation checkpointing and accumulation run more than once."""
-        for block, last in zip(self.blocks, aux["last_stat"]):
-            tau = block.moe.tau
-            tau.copy_(torch.where(tau.isnan(), last, tau.lerp(last.to(tau), 1 - self.cfg.momentum)))
+        """tau <- m tau + (1 - m) v in every layer; the first v replaces nan. train.py calls this
+        once per step, after backward(), because activation checkpointing and accumulation run
+        forward() more often than that."""
+        for tau, v in zip([block.moe.tau for block in self.blocks], aux["kth_score_stat"]):
+            tau.copy_(torch.where(tau.isnan(), v, tau.lerp(v.to(tau), 1 - self.cfg.momentum)))
 
 
-Model = RaceDiT                                         # the name train.py and sample.py ask for
+Model = RaceDiT                                         # the name that train.py looks for
 
 
-def loss(path, model, x0, y, step, draw):
-    """Training: the diffusion loss, and per-layer regularization, which needs the target.
-
-    Every layer's guess is held to what the last layer must predict; there is no detach."""
-    t, noise = path.draw(x0, draw)
-    per_picture, aux = path.loss(model, x0, y, t, noise)
-    error = (aux.pop("guess").float() - path.target(x0, noise)).square()        # (N, B, C, S, S)
-    cfg = getattr(model, "module", model).cfg                                  # inside DDP: .module
-    aux["plr_loss"] = cfg.plr * error.flatten(1).mean(1).sum()                  # sum over layers
-    return per_picture.mean(), aux
+def loss(diffusion, model, x0, y, step, rng):
+    """What train.py minimises -> the mean diffusion loss, and aux with "plr_loss" added. PLR
+    compares the prediction of every layer with the target of the final layer, the noise or the
+    velocity. There is no detach: it also trains the blocks below the router."""
+    t, noise = diffusion.sample_times_and_noise(x0, rng)
+    per_image, aux = diffusion.loss(model, x0, y, t, noise)
+    error = (aux.pop("target_prediction").float() - diffusion.target(x0, noise)).square()
+    # summed over layers; DDP keeps the model in .module
+    aux["plr_loss"] = getattr(model, "module", model).cfg.plr * error.flatten(1).mean(1).sum()
+    return per_image.mean(), aux
 
 
 def cost(cfg):
-    """Of one picture: 1e9 multiply-accumulates in matrix products (what the papers call Gflops),
-    and how many parameters a token does not use (it has k of E experts, on average)."""
+    """Cost of one image: GMAC, 1e9 multiply-accumulates in matrix products (the papers call them
+    Gflops), and the number of idle parameters: those that a token does not use (on average)."""
     L, D, E, h = (cfg.size // cfg.patch) ** 2, cfg.dim, cfg.experts, 4 * cfg.dim // cfg.split
-    moe = L * (D * D + D * E + cfg.k * 2 * D * h)                               # router, k experts
-    block = 4 * L * D * D + 2 * L * L * D + moe + 6 * D * D                   # qkvo; QK', AV; adaLN
-    head = D * cfg.patch**2 * cfg.channels + cfg.patch**2 * cfg.channels        # W_t: training only
-    return {"idle parameters": cfg.depth * ((E - cfg.k) * (2 * D * h + h + D) + head),
-            "GMAC": (cfg.depth * block + plain_macs(cfg)) / 1e9}
+    # qkvo; QK', AV; the router's two layers and k experts; adaLN
+    block = 4 * L * D * D + 2 * L * L * D + L * (D * D + D * E + 2 * cfg.k * D * h) + 6 * D * D
+    # the experts that a token does not use; W_t, used in training only
+    idle = cfg.depth * ((E - cfg.k) * (2 * D * h + h + D) + (D + 1) * cfg.patch**2 * cfg.channels)
+    return {"idle parameters": idle, "GMAC": (cfg.depth * block + plain_macs(cfg)) / 1e9}
+
+
+# ------------------------------------- the expert engine, the same in ditmoe.py and racedit.py
+# ------------------------------------------------- (tests/papers/test_shared.py keeps them equal)
+
+
+class Experts(nn.Module):
+    """E small networks D -> h -> D, with their weights stacked: experts_loop(), but faster.
+
+    x (T, D); R pairs in any order: token, expert, gate (R,) -> the sum over the pairs of
+    gate * F_expert(x[token]), (T, D). The pairs are sorted by expert, so that every expert gets
+    its tokens as one block of rows; the results are added back to their tokens.
+    form: "gelu" is DiT's MLP with biases; "swiglu" has no biases, and w1 is [W_gate, W_up].
+    An expert without pairs gets a gradient of zero."""
+
+    def __init__(self, E, D, h, form):
+        super().__init__()
+        mlp = form == "gelu"
+        self.act = gelu if mlp else swiglu
+        self.w1 = nn.Parameter(torch.empty(E, D, h if mlp else 2 * h))
+        self.b1 = nn.Parameter(torch.zeros(E, h)) if mlp else None
+        self.w2 = nn.Parameter(torch.empty(E, h, D))    # (in, out): faster than Linear's (out, in)
+        self.b2 = nn.Parameter(torch.zeros(E, D)) if mlp else None
+        for stack in (*self.w1.data.split(h, dim=2), self.w2.data):
+            xavier(*stack)
+
+    def forward(self, x, token, expert, gate):
+        key, order = (expert * len(x) + token).sort()              # (R,)   by expert, then by token
+        expert, token = key // len(x), key % len(x)
+        ends = torch.searchsorted(expert, torch.arange(len(self.w1), device=x.device), right=True,
+                                  out_int32=True)       # (E,)   expert e has rows ends[e-1]:ends[e]
+        z = self.networks(x.index_select(0, token).to(amp_dtype(x)), ends, expert)  # (R, D)
+        z = z.to(gate.dtype) * gate.index_select(0, order)[:, None]             # (R, D)
+        return z.new_zeros(x.shape).index_add(0, token, z)                      # (T, D)
+
+    def networks(self, z, ends, expert):
+        """Row r of z (R, D) through the network of expert[r] -> (R, D)."""
+        stacks = [w if w is None else w.to(z.dtype) for w in (self.w1, self.b1, self.w2, self.b2)]
+        if (z.dtype == torch.bfloat16 and z.device.type in ("cuda", "meta")
+                and all(n % 8 == 0 for n in self.w2.shape[1:])):    # the kernel's condition
+            w1, b1, w2, b2 = stacks
+            z = self.act(grouped_linear(z, w1, b1, ends, expert))       # nothing waits for the GPU
+            return grouped_linear(z, w2, b2, ends, expert)
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()           # here the host waits for it
+        weights = zip(*([None] * len(sizes) if w is None else w.unbind() for w in stacks))
+        return torch.cat([self.one(*own) for own in zip(z.split(sizes), weights)])
+
+    def one(self, z, weights):
+        """One expert's network, z (n, D) -> (n, D). A CPU prepares a bf16 product anew for every n
+        that it has not seen, so n is rounded up to a multiple of 32: numbers then recur."""
+        n, (w1, b1, w2, b2) = len(z), weights
+        if z.dtype == torch.bfloat16 and n % 32:
+            z = F.pad(z, (0, 0, 0, -n % 32))
+        z = linear(self.act(linear(z, w1, b1)), w2, b2)
+        return z if len(z) == n else z[:n]
+
+
+def gelu(z):
+    return F.gelu(z, approximate="tanh")
+
+
+def swiglu(z):                                                                  # (R, 2h) -> (R, h)
+    gate, up = z.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def linear(z, w, b):
+    """z (n, in), w (in, out), b (out,) or None -> (n, out)."""
+    return z @ w if b is None else torch.addmm(b, z, w)
+
+
+def grouped_linear(z, w, b, ends, expert):
+    """All experts in one kernel.  z (R, in), w (E, in, out), b (E, out) or None -> (R, out)."""
+    z = F.grouped_mm(z, w, offs=ends)
+    return z if b is None else z + b.index_select(0, expert)
+
+
+def xavier(*matrices):
+    """Xavier for each matrix by itself: the bounds of a stack would follow from the wrong sides."""
+    for w in matrices:
+        nn.init.xavier_uniform_(w)
 
 
 def amp_dtype(x):
-    """What autocast would give a matrix product on x; the meta device knows no autocast."""
+    """The dtype that autocast would give a matrix product on x; "meta" knows no autocast."""
     on = not x.is_meta and torch.is_autocast_enabled(x.device.type)
     return torch.get_autocast_dtype(x.device.type) if on else x.dtype
 
 
-def no_autocast(x):
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
+def gather_processes(x):
+    """x (n, ...) of all processes, one below the other, without gradient: (processes * n, ...)."""
+    if not torch.distributed.is_initialized():
+        return x
+    x = x.detach().contiguous()
+    parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def check_config(cfg, **allowed):
+    """ValueError, in one line, if a field of cfg has a value outside its range or list of words."""
+    for name, values in (dict(k=range(1, cfg.experts + 1)) | allowed).items():
+        if getattr(cfg, name) not in values:
+            known = "%d to %d" % (values.start, values.stop - 1) if isinstance(values, range) \
+                else ", ".join(values)
+            raise ValueError(f"{name} {getattr(cfg, name)!r}: must be one of {known}")
 
 
 # ------------------------------------------------------ plain DiT parts, the same in every file
-# ------------------------------------------------- (tests/test_shared.py fails when they drift)
+# ------------------------------------------------- (tests/papers/test_shared.py keeps them equal)
 
 
 def size(name, **fields):
@@ -360,8 +453,8 @@ def modulate(x, shift, scale):
 
 def attend(q, k, v):
     """softmax(q k' / sqrt(D/H)) v.  q, k, v (B, H, L, D/H) -> (B, H, L, D/H)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward is
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # 3 to 8 x slower than this
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward would
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # be 3 to 8 times slower
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -374,23 +467,13 @@ class Attention(nn.Module):
 
     def forward(self, x):
         B, L, D = x.shape
-        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)          # (B, L, 3, H, D/H)
-        x = attend(*qkv.permute(2, 0, 3, 1, 4))                                     # (B, H, L, D/H)
-        return self.proj(x.transpose(1, 2).reshape(B, L, D))                        # (B, L, D)
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        qkv = self.qkv(x).view(B, L, 3, self.heads, D // self.heads)            # (B, L, 3, H, D/H)
+        x = attend(*qkv.permute(2, 0, 3, 1, 4))                                 # (B, H, L, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, L, D))                    # (B, L, D)
 
 
 class PatchEmbed(nn.Module):
-    """A picture's patches as tokens, row by row.  (B, C, S, S) -> (B, L, D)."""
+    """An image's patches as tokens, row by row.  (B, C, S, S) -> (B, L, D)."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -411,7 +494,7 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t):
         octave = torch.arange(128, device=t.device, dtype=torch.float32) / 128
         angle = self.scale * t.float()[:, None] * torch.exp(-math.log(10000) * octave)  # (B, 128)
-        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)                  # (B, 256)
+        wave = torch.cat([angle.cos(), angle.sin()], dim=-1)                    # (B, 256)
         return self.mlp(wave.to(self.mlp[0].weight.dtype))
 
 
@@ -436,29 +519,31 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 2 * cfg.dim))
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)           # 2 x (B, 1, D)
+        shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)       # 2 x (B, 1, D)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
 def unpatchify(x, cfg):
     """(B, L, P*P*C) -> (B, C, S, S). Inside a patch: row, column, channel (channel fastest)."""
     n, P = cfg.size // cfg.patch, cfg.patch
-    x = x.reshape(len(x), n, n, P, P, -1)                                     # (B, n, n, P, P, C)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, cfg.size, cfg.size)      # (B, C, S, S)
+    x = x.reshape(len(x), n, n, P, P, -1)                                       # (B, n, n, P, P, C)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, cfg.size, cfg.size)  # (B, C, S, S)
 
 
 def sincos_2d(cfg):
-    """Fixed position embedding (1, L, D): first half of D tells the column, second half the row."""
+    """The fixed position embedding (1, L, D): the first half of D encodes the column of a patch,
+    the second half its row."""
     n = cfg.size // cfg.patch
-    omega = 10000 ** -(torch.arange(cfg.dim // 4, dtype=torch.float64) / (cfg.dim // 4))    # (D/4,)
-    angle = torch.arange(n, dtype=torch.float64)[:, None] * omega             # (n, D/4)
-    wave = torch.cat([angle.sin(), angle.cos()], dim=1)                       # (n, D/2)
-    column, row = wave.repeat(n, 1), wave.repeat_interleave(n, dim=0)         # (L, D/2)
+    omega = 10000 ** -(torch.arange(cfg.dim // 4, dtype=torch.float64) / (cfg.dim // 4))  # (D/4,)
+    angle = torch.arange(n, dtype=torch.float64)[:, None] * omega               # (n, D/4)
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)                         # (n, D/2)
+    column, row = wave.repeat(n, 1), wave.repeat_interleave(n, dim=0)           # (L, D/2)
     return torch.cat([column, row], dim=1)[None].float()
 
 
 def initialize(model):
-    """DiT's start: Xavier for linears, N(0, 0.02) for embeddings, zeros where a block ends."""
+    """DiT's initial weights: Xavier for linear layers, N(0, 0.02) for the label table and the time
+    MLP, zeros for all gates and for the output."""
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)
@@ -469,11 +554,19 @@ def initialize(model):
         nn.init.normal_(w.weight, std=0.02)
     for m in (*(b.adaLN_modulation[1] for b in model.blocks), model.final_layer.adaLN_modulation[1],
               model.final_layer.linear):
-        nn.init.zeros_(m.weight)                        # gates and output 0: the network starts as
-        nn.init.zeros_(m.bias)                          # the identity and predicts 0
+        nn.init.zeros_(m.weight)                        # so each block starts as the identity, and
+        nn.init.zeros_(m.bias)                          # the network predicts 0
 
 
 def plain_macs(cfg):
-    """Multiply-accumulates of everything around the blocks: patches, time MLP, final layer."""
+    """Multiply-accumulates outside the blocks: patch embedding, time MLP, final layer."""
     L, D, pixels = (cfg.size // cfg.patch) ** 2, cfg.dim, cfg.patch**2 * cfg.channels
     return L * D * pixels * (2 + cfg.learn_sigma) + (256 + D) * D + 2 * D * D
+
+
+def linear_fp32(x, weight, bias=None):
+    """A linear layer in float32 (float64 stays), also under autocast: routers decide by small
+    differences, which bf16 would round away."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
+        return F.linear(x.to(wide), weight.to(wide), bias if bias is None else bias.to(wide))
