@@ -2,30 +2,35 @@
 
     python -m experiments.bench                         all cases on this machine, about 15 minutes
     python -m experiments.bench routed dit              only these
-    python -m experiments.bench --device cuda           events on the GPU's own clock
+    python -m experiments.bench --device cuda           timed by the GPU's own events
+    python -m experiments.bench dydit-sampling --dense runs/dit/last.pt --dydit runs/dydit/last.pt
+    python -m experiments.bench dydit-curve --dense runs/dit/last.pt    fine-tunes, draws the ratio
 
-    routed    a layer of experts       : a dense MLP that multiplies as much per token
-    step      everything in train.py   : model forward and backward alone
-    sampler   a walk from noise to data: the model calls in it
-    dydit     masked, cut              : the static network (bench_dydit.py)
-    dtr       DTR                      : DiT
-    growth    E, tokens, depth         : the smallest of them, per multiplication
-    dit       dit.py                   : a DiT block as one would write it down, fused attention
-    memory    the same                 : the same, peak of a process of its own
+    routed    a layer of experts          : a dense MLP with as many multiplications per token
+    step      everything in train.py      : model forward and backward alone
+    sampler   a sampler                   : the model calls in it
+    dydit     masked, sliced              : the static network
+    dtr       DTR                         : DiT
+    growth    E, tokens, depth            : the smallest of them, per multiplication
+    dit       dit.py                      : a DiT as one would first write it, with fused attention
+    memory    the same                    : the same, the peak of a process of its own
 
-      round 1   A B C    each round starts one further on, and is compared with itself: a machine
-      round 2   B C A    that is busy slows all paths, and the ratio stays. Figures are medians over
-      round 3   C A B    rounds: of seconds, and of each round's ratio.
+    round 1   A B C    Each round starts with the next variant and is compared with itself, because
+    round 2   B C A    a busy machine slows all variants and the ratio stays. Figures are medians
+    round 3   C A B    over rounds: of seconds, and of each round's ratio.
 
-Two clocks: "cpu", time of this process alone (on a GPU: its events), and "wall". One CPU thread.
-A floor is what no program could beat: multiplications / measured rate of one large product, or bytes
-that must move / measured rate of a copy, whichever is longer (of a step: the network's products, then
-the bytes of the optimizer). It stands in the unit of its row's ratio; of a step it is a share.
+Two clocks: "cpu", the time of this process alone (on a GPU: its events), and "wall". One thread.
+A floor is what no program could beat: multiplications at the measured rate of one large product, or
+bytes that must move at the measured rate of a copy, whichever is longer (of a step: the products of
+the network plus the bytes of the optimizer). It has the unit of its row's ratio; in "step" it is a
+share of the step.
 
-Letters: T tokens, D width, h hidden width, E experts, k chosen per token.
+Letters: T tokens, D width, H heads, L tokens per image, E experts, k experts per token.
 Read next: rounds(), then routed()."""
 
 import contextlib
+import copy
+import importlib
 import io
 import json
 import os
@@ -35,37 +40,49 @@ import tempfile
 import time
 from collections import defaultdict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageDraw
 
+import data
 import dit
 import ditmoe
 import dtr
 import dydit
 import racedit
-import sample
 import train
-from diffusion import DDPM, RectifiedFlow
-from experiments.bench_dydit import MIXES, WIDTHS, forward_times
+from common.checkpoint import load_model
+from common.cli import Parser, UserError, number, run_program
+from common.distributed import select_device, tune_malloc, wants_bf16
+from common.files import read_json, write_atomic, write_json
+from diffusion import DIFFUSIONS, RectifiedFlow, StepRNG
+from sample import generate
 
+DYDIT_WIDTHS = ((256, 4), (384, 6), (512, 8))               # D, H
+DYDIT_MIXES = {(0.5, "width"): (1 / 2, 1 / 2),              # (target, name): heads, groups active;
+               (0.5, "both"): (1 / 2, 2 / 3),               # the tokens make up the rest
+               (0.7, "few heads"): (1 / 2, 1.0), (0.7, "both"): (3 / 4, 5 / 6)}
 FULL = dict(
     rounds=7, routed=[dict(), dict(T=256), dict(T=8192), dict(E=4), dict(E=64), dict(k=1),
                       dict(k=4), dict(D=128), dict(D=768), dict(T=256, E=64),
                       dict(T=256, E=64, D=128)],
     nets=[dict(name="TINY", batch=64), dict(name="S/2", batch=8)], steps=20,
     models=["dit", "ditmoe", "racedit", "dydit", "dtr"],
-    walks=[dict(name="TINY", batch=32), dict(name="S/2", batch=2)], walk_steps=10,
-    dydit=[(w, m, 4) for w in WIDTHS for m in MIXES], experts=[4, 8, 16, 32, 64], images=64,
-    tokens=[16, 64, 256, 1024], depth=[2, 6, 12])
+    samplers=[dict(name="TINY", batch=32), dict(name="S/2", batch=2)], sampler_steps=10,
+    dydit=[(w, m, 4) for w in DYDIT_WIDTHS for m in DYDIT_MIXES], experts=[4, 8, 16, 32, 64],
+    images=64, tokens=[16, 64, 256, 1024], depth=[2, 6, 12],
+    dydit_sampling=dict(steps=25, batch=64), curve=400)
 MICRO = dict(                                               # for tests: every case in a moment
     rounds=1, routed=[dict(T=64, D=32, E=4)], nets=[dict(name="MICRO", batch=2)], steps=3,
     models=["dit"],
-    walks=[dict(name="MICRO", batch=1)], walk_steps=2, dydit=[((32, 4), (0.5, "both"), 1)],
-    experts=[2, 4], images=2, tokens=[4, 16], depth=[1, 2])
+    samplers=[dict(name="MICRO", batch=1)], sampler_steps=2,
+    dydit=[((32, 4), (0.5, "both"), 1)], experts=[2, 4], images=2, tokens=[4, 16], depth=[1, 2],
+    dydit_sampling=dict(steps=2, batch=4), curve=13)
 
 
 # ------------------------------------------------------------------------------- clocks
@@ -87,14 +104,14 @@ def seconds(f, device):
     return first.elapsed_time(last) / 1e3, time.perf_counter() - wall
 
 
-def rounds(paths, n, device):
-    """{name: f} -> {name: (n, 2) seconds, cpu and wall}. Every round begins with another path."""
-    times, names = {name: [] for name in paths}, list(paths)
-    for f in [*paths.values()] * 2:                         # warm up: memory, caches, kernels
+def rounds(variants, n, device):
+    """{name: f} -> {name: (n, 2) seconds, cpu and wall}. Each round starts with another variant."""
+    times, names = {name: [] for name in variants}, list(variants)
+    for f in [*variants.values()] * 2:                      # warm up: memory, caches, kernels
         f()
     for i in range(n):
         for name in names[i % len(names):] + names[: i % len(names)]:
-            times[name].append(seconds(paths[name], device))
+            times[name].append(seconds(variants[name], device))
     return {name: torch.tensor(v) for name, v in times.items()}
 
 
@@ -130,8 +147,9 @@ def amp(f, device, on=True):
     return go
 
 
-def bf16_too(device):
-    return [False, True] if train.wants_bf16("auto", device) else [False]
+def precisions(device):
+    """bf16 or not: both where training would choose bf16."""
+    return [False, True] if wants_bf16("auto", device) else [False]
 
 
 def copy_rate(device, size=1 << 26):
@@ -143,16 +161,16 @@ def copy_rate(device, size=1 << 26):
 
 def product_rate(T, D, n, device, dtype=torch.float32):
     """Multiply-accumulates per second of one product (T, D) x (D, 4D), an MLP's first."""
-    x, w = torch.randn(T, D, device=device).to(dtype), torch.randn(4 * D, D, device=device).to(dtype)
+    x, w = (torch.randn(n, D, device=device).to(dtype) for n in (T, 4 * D))
     times = rounds({"product": lambda: F.linear(x, w)}, n, device)["product"]
     return 4 * T * D * D / times[:, 0].median().item()
 
 
-UPDATE = 11     # numbers read or written per parameter: AdamW 7 (p, g, m, v; p, m, v), EMA 3, norm 1
+UPDATE = 11     # numbers moved per parameter: AdamW 7 (p, g, m, v; p, m, v), EMA 3, norm 1
 
 
 def floor_seconds(module, cfg, batch, passes, n, device, parameters=0, copy=None, bf16=False):
-    """Of a network's products, 1 pass forward and 2 backward; with parameters, of the update too."""
+    """Of a network's products (1 pass forward, 2 backward), and with parameters of an update."""
     rate = product_rate(batch * (cfg.size // cfg.patch) ** 2, cfg.dim, n, device,
                         torch.bfloat16 if bf16 else torch.float32)
     update = 4 * UPDATE * parameters / (copy or copy_rate(device)) if parameters else 0
@@ -169,25 +187,26 @@ def routed_pair(kind, T=2048, D=384, E=8, k=2):
         layer = ditmoe.MoE(ditmoe.Config(dim=D, experts=E, k=k, hidden=4 // k, shared=0))
         macs = 3 * D * 4 * D + D * E
         return layer, ditmoe.SwiGLU(D, macs // (3 * D)), macs
-    side = int(min(T, 256) ** 0.5)                          # pictures of at most 256 tokens
+    side = int(min(T, 256) ** 0.5)                          # images of at most 256 tokens
     layer = racedit.MoE(racedit.Config(size=side, patch=1, dim=D, experts=E, k=k, split=k))
     macs = 2 * D * 4 * D + D * D + D * E
-    return layer, racedit.Mlp(D, macs // (2 * D)), macs
+    return layer, dit.Mlp(D, macs // (2 * D)), macs
 
 
 def layer_objective(result):
     """What a training step would differentiate: the output, and the router's own loss."""
-    y, notes = result if isinstance(result, tuple) else (result, {})
-    extra = [notes[name] for name in ("balance", "similarity") if name in notes]
+    y, stats = result if isinstance(result, tuple) else (result, {})
+    extra = [stats[name] for name in ("balance", "similarity") if name in stats]
     return y.float().square().mean() + 1e-3 * sum(extra)
 
 
 def routed(shapes, device):
+    """A layer of experts : a dense MLP."""
     copy = copy_rate(device)
     for kind in ("ditmoe", "racedit"):
         for i, given in enumerate(shapes["routed"]):
             shape = dict(T=2048, D=384, E=8, k=2) | given
-            for bf16 in bf16_too(device)[: 2 if i == 0 else 1]:
+            for bf16 in precisions(device)[: 2 if i == 0 else 1]:
                 yield from routed_rows(kind, shape, bf16, copy, shapes["rounds"], device)
 
 
@@ -204,13 +223,12 @@ def routed_rows(kind, shape, bf16, copy, n, device):
     rate = T * w.numel() / product[:, 0].median().item()
     used = min(T * shape["k"] / shape["E"], 1) * sum(p.numel() for p in layer.parameters())
     for way, passes in (("forward", 1), ("forward+backward", 3)):
-        train_now = passes == 3
-        layer.train(train_now), dense.train(train_now)
-        paths = {"dense": dense, "routed": layer}
-        paths = {name: amp(both_ways(f, layer_objective, x) if train_now else forward(f, x),
-                           device, bf16) for name, f in paths.items()}
+        training = passes == 3
+        layer.train(training), dense.train(training)
+        variants = {name: amp(both_ways(f, layer_objective, x) if training else forward(f, x),
+                              device, bf16) for name, f in dict(dense=dense, routed=layer).items()}
         bytes_moved = 4 * passes * (used + 2 * x.numel())
-        row = against("dense", rounds(paths, n, device))
+        row = against("dense", rounds(variants, n, device))
         floor = max(passes * T * macs / rate, bytes_moved / copy)
         yield dict(layer=kind, **shape, dtype="bf16" if bf16 else "float32", way=way,
                    macs=T * macs, **row, floor=floor / row["dense_s"])
@@ -231,12 +249,12 @@ def arguments(net, device, out, model="dit", extra=()):
         np.save(folder / "labels.npy", np.arange(256) % 8)
         (folder / "meta.json").write_text(json.dumps(
             dict(kind="samples", scale=1.0, classes=8)))
-        return train.parse_args([*words, "--size", "S/2", "--data", str(folder)])
-    small = "--set dim=32 --set depth=1 --set heads=2".split() if net["name"] == "MICRO" else []
-    return train.parse_args([*words, "--tiny", *small])
+        return [*words, "--size", "S/2", "--data", str(folder)]
+    small = "--set dim=32 depth=1 heads=2".split() if net["name"] == "MICRO" else []
+    return [*words, "--tiny", *small]
 
 
-class Watch:
+class Stopwatch:
     """Time of named functions while a program runs, each on the thread that runs it."""
 
     def __init__(self, device):
@@ -275,34 +293,34 @@ PARTS = ("forward", "backward", "data", "optimizer", "EMA", "clip")
 
 
 def split_step(net, steps, device, model="dit", extra=()):
-    """train.main as it is, with a watch on its parts -> seconds of every step, part by part."""
-    module, table = __import__(model), []
-    with tempfile.TemporaryDirectory() as out, Watch(device) as watch:
-        args = arguments(net, device, out, model, ("--steps", str(steps), *extra))
-        watch.time(module.Model, "forward", "forward")
-        watch.time(torch.Tensor, "backward", "backward")
-        watch.time(train, "get_batches", "data")
-        watch.time(torch.optim.AdamW, "step", "optimizer")
-        watch.time(train, "update_ema", "EMA")
-        watch.time(train, "clip_gradients", "clip")
-        last, step_done = [watch.clock(), watch.spent.copy()], train.Report.step
+    """train.main as it is, with a stopwatch on its parts -> seconds of every step, part by part."""
+    table = []
+    with tempfile.TemporaryDirectory() as out, Stopwatch(device) as watch:
+        for owner, name, label in (
+                (importlib.import_module(model).Model, "forward", "forward"),
+                (torch.Tensor, "backward", "backward"), (train, "get_batches", "data"),
+                (torch.optim.AdamW, "step", "optimizer"), (train, "update_ema", "EMA"),
+                (train, "clip_gradients", "clip")):
+            watch.time(owner, name, label)
+        last, end_of_step = [watch.clock(), watch.spent.copy()], train.Progress.step
 
         def next_step(*a):
-            step_done(*a)
-            spent, now = watch.spent.copy(), watch.clock()
+            result, spent, now = end_of_step(*a), watch.spent.copy(), watch.clock()
             parts = {k: spent[k] - last[1][k] for k in PARTS}
             main = now - last[0]                            # data are read on a thread of their own
             rest = main - sum(v for k, v in parts.items() if k != "data")
             table.append(parts | dict(rest=rest, step=main + parts["data"]))
             last[:] = watch.clock(), spent
+            return result
 
-        watch.replace(train.Report, "step", next_step)
+        watch.replace(train.Progress, "step", next_step)
         with contextlib.redirect_stdout(io.StringIO()):
-            train.main(args)
+            train.main(arguments(net, device, out, model, ("--steps", str(steps), *extra)))
     return {k: torch.tensor([row[k] for row in table[min(2, steps - 1):]]) for k in table[0]}
 
 
 def step(shapes, device):
+    """Shares of a training step."""
     for net in shapes["nets"]:
         for model in shapes["models"]:
             if model != "dit" and net["name"] == "S/2":
@@ -311,10 +329,11 @@ def step(shapes, device):
             table = split_step(net, shapes["steps"], device, model)
             share = {k: (v / table["step"]).median().item() for k, v in table.items()}
             overhead = ((table["step"] - table["forward"] - table["backward"]) / table["step"])
-            seconds, module = table["step"].median().item(), __import__(model)
+            seconds, module = table["step"].median().item(), importlib.import_module(model)
             cfg = replace(config(module, net["name"]), learn_sigma=False)
             parameters = sum(p.numel() for p in module.Model(cfg).parameters())
-            floor = floor_seconds(module, cfg, net["batch"], 3, shapes["rounds"], device, parameters)
+            floor = floor_seconds(module, cfg, net["batch"], 3, shapes["rounds"], device,
+                                  parameters)
             yield dict(model=model, **net, step_s=seconds,
                        **{k: share[k] for k in (*PARTS, "rest")},
                        all_but_model=overhead.median().item(), floor=floor / seconds)
@@ -331,23 +350,23 @@ def config(module, name):
 
 
 def sampler(shapes, device):
-    """How much longer a walk takes than the model calls in it, timed inside the same walk."""
-    for net in shapes["walks"]:
-        for path in (RectifiedFlow(), DDPM()):
-            cfg = replace(config(dit, net["name"]), learn_sigma=path.kind == "ddpm")
+    """How much longer a sampler takes than the model calls in it, timed in the same run."""
+    steps = shapes["sampler_steps"]
+    for net in shapes["samplers"]:
+        for diffusion in (kind() for kind in DIFFUSIONS.values()):
+            cfg = replace(config(dit, net["name"]), learn_sigma=diffusion.kind == "ddpm")
             model = dit.DiT(cfg).to(device).eval()
             labels = torch.arange(net["batch"]) % 10
-            for solver in path.solvers:
+            for solver in diffusion.solvers:
                 totals, calls = [], []
                 for _ in range(1 + shapes["rounds"]):
-                    with Watch(device) as watch:
+                    with Stopwatch(device) as watch:
                         watch.time(dit.DiT, "forward", "model")
                         start = watch.clock()
-                        sample.generate(model, path.to(device), labels, steps=shapes["walk_steps"],
-                                        solver=solver)
+                        generate(model, diffusion.to(device), labels, steps=steps, solver=solver)
                         totals.append(watch.clock() - start), calls.append(watch.spent["model"])
                 totals, calls = torch.tensor(totals[1:]), torch.tensor(calls[1:])
-                yield dict(**net, path=path.kind, solver=solver, steps=shapes["walk_steps"],
+                yield dict(**net, path=diffusion.kind, solver=solver, steps=steps,
                            calls_s=calls.median().item(), walk=(totals / calls).median().item())
 
 
@@ -377,11 +396,10 @@ def two_networks(rival, ours, net, n, device, bf16=False):
     """Forward, and forward and backward, of two networks on the same input."""
     inputs = network_inputs(rival.cfg, net["batch"], device)
     for way in ("forward", "forward+backward"):
-        paths = {"rival": rival, "ours": ours}
-        paths = {name: amp(forward(f, *inputs) if way == "forward" else
-                           both_ways(f, network_objective, *inputs), device, bf16)
-                 for name, f in paths.items()}
-        row = against("rival", rounds(paths, n, device))
+        variants = {name: amp(forward(f, *inputs) if way == "forward" else
+                              both_ways(f, network_objective, *inputs), device, bf16)
+                    for name, f in dict(rival=rival, ours=ours).items()}
+        row = against("rival", rounds(variants, n, device))
         floor = floor_seconds(dit, rival.cfg, net["batch"], 1 if way == "forward" else 3, n, device,
                               bf16=bf16)
         yield dict(**net, dtype="bf16" if bf16 else "float32", way=way, **row,
@@ -389,22 +407,12 @@ def two_networks(rival, ours, net, n, device, bf16=False):
 
 
 def dtr_case(shapes, device):
+    """DTR : DiT."""
     for net in shapes["nets"]:
         rival = awake(dit.DiT(config(dit, net["name"])), device)
         ours = dtr.DTR(config(dtr, net["name"])).to(device)
         ours.load_state_dict(rival.state_dict())
-        for row in two_networks(rival, ours, net, 2 * shapes["rounds"] + 1, device):
-            yield row
-
-
-def dydit_case(shapes, device):
-    for (dim, heads), (target, kind), batch in shapes["dydit"]:
-        row = forward_times(dim, heads, target, kind, batch, shapes["rounds"], device=device)
-        cfg = dydit.Config(size=32, patch=2, dim=dim, heads=heads, depth=6, learn_sigma=False,
-                           target=row["ratio"])
-        all_on, cut = (dydit.cost(cfg)[k] for k in ("GMAC", "GMAC at the target"))
-        floor = floor_seconds(dydit, cfg, batch, 1, shapes["rounds"], device) * cut / all_on
-        yield dict(target=target, **row, floor=floor / row["static_s"])
+        yield from two_networks(rival, ours, net, 2 * shapes["rounds"] + 1, device)
 
 
 class PlainBlock(nn.Module):
@@ -454,12 +462,147 @@ def same_weights(model, ours):
 
 
 def dit_case(shapes, device):
+    """dit.py : a plain DiT."""
     for net in shapes["nets"]:
         cfg = config(dit, net["name"])
         ours = awake(dit.DiT(cfg), device)
         rival = same_weights(plain(cfg).to(device), ours)
-        for bf16 in bf16_too(device):
+        for bf16 in precisions(device):
             yield from two_networks(rival, ours, net, 2 * shapes["rounds"] + 1, device, bf16)
+
+
+# ------------------------------------------------------------------------------- DyDiT
+
+
+@torch.no_grad()
+def set_routers(model, heads, groups, tokens, inputs):
+    """Make the routers of all blocks choose so many heads and groups and this share of tokens."""
+    for block in model.blocks:
+        for layer, active in ((block.attn_rate.router, heads), (block.mlp_rate.router, groups)):
+            layer.weight.zero_()                            # the first is always active
+            layer.bias.copy_(torch.where(torch.arange(len(layer.bias)) < active - 1, 1.0, -1.0))
+    for block in model.blocks:                              # one changes the tokens of the next
+        seen, router = [], block.token_selection
+        hook = router.register_forward_hook(lambda _, x, out: seen.append(router.mlp_head(x[0])))
+        model(*inputs, sliced=False)
+        hook.remove()
+        router.mlp_head[2].bias -= seen[0].quantile(1 - tokens) if tokens < 1 else seen[0].min() - 1
+
+
+def dydit_case(shapes, device):
+    """DyDiT masked and sliced : the static network, one forward at the target's FLOPs."""
+    for (dim, heads), (target, mix), batch in shapes["dydit"]:
+        row = dydit_forward(dim, heads, target, mix, batch, shapes["rounds"], device)
+        cfg = dydit.Config(size=32, patch=2, dim=dim, heads=heads, depth=6, learn_sigma=False,
+                           target=row["ratio"])
+        full, at_target = (dydit.cost(cfg)[k] for k in ("GMAC", "GMAC at the target"))
+        floor = floor_seconds(dydit, cfg, batch, 1, shapes["rounds"], device) * at_target / full
+        yield dict(target=target, **row, floor=floor / row["static_s"])
+
+
+@torch.no_grad()
+def dydit_forward(dim, heads, target, mix, batch, n, device, depth=6):
+    """One forward of a network of random weights, 256 tokens, that spends exactly the target."""
+    size = dict(size=32, patch=2, dim=dim, heads=heads, depth=depth, learn_sigma=False)
+    torch.manual_seed(0)
+    model, static = dydit.DyDiT(dydit.Config(**size)).eval(), dit.DiT(dit.Config(**size)).eval()
+    for p in model.parameters():                            # a fresh network's gates are 0
+        p += 0.02 * torch.randn_like(p) if p.requires_grad else 0
+    static.load_state_dict({k: model.state_dict()[k] for k in static.state_dict()})
+    model, static = model.to(device), static.to(device)
+    inputs = [v.to(device) for v in (torch.randn(batch, 4, 32, 32), torch.full((batch,), 0.4),
+                                     torch.arange(batch))]
+    h, g = (round(share * heads) for share in DYDIT_MIXES[target, mix])
+    no_mlp = torch.ones(1), torch.ones(1), torch.zeros(1)
+    attention = dydit.flops_per_token(*no_mlp, model.cfg).item()        # its share of a block
+    tokens = min((target - attention * h / heads) / ((1 - attention) * g / heads), 1.0)
+    set_routers(model, h, g, tokens, inputs)
+    times = rounds({"static": lambda: static(*inputs),
+                    "masked": lambda: model(*inputs, sliced=False),
+                    "sliced": lambda: model(*inputs, sliced=True)}, n, device)
+    return dict(dim=dim, mix=mix, heads=f"{h}/{heads}", groups=f"{g}/{heads}", tokens=tokens,
+                ratio=model(*inputs)[1]["flops"].mean().item(), **against("static", times))
+
+
+def load_named(file, name, device):
+    model, diffusion, checkpoint = load_model(file, device=device)
+    if checkpoint["name"] != name:
+        raise UserError(f"{file} holds {checkpoint['name']}, not {name}")
+    return model, diffusion, checkpoint
+
+
+def dydit_sampling(shapes, device, guidance=2.0):
+    """A whole sampling run of trained models, DyDiT masked and sliced : its dense parent."""
+    static, diffusion, _ = load_named(shapes["dense"], "dit", device)
+    steps, batch = shapes["dydit_sampling"].values()
+    for file in shapes["fine-tuned"]:
+        model = load_named(file, "dydit", device)[0]
+
+        def masked(x, t, y):
+            return model(x, t, y, sliced=False)
+
+        masked.cfg, ratios = model.cfg, []
+        labels = torch.arange(batch, device=device) % max(model.cfg.classes, 1)
+        run = partial(generate, diffusion=diffusion, labels=labels, steps=steps, cfg=guidance,
+                      batch=batch)
+        times = rounds({"static": lambda: run(static), "masked": lambda: run(masked),
+                        "sliced": lambda: run(model)}, min(shapes["rounds"], 3), device)
+        difference = (run(model) - run(masked)).abs().max().item()
+        model.register_forward_hook(lambda m, x, out: ratios.append(out[1]["flops"].mean()))
+        run(model)
+        yield dict(steps=steps, guidance=guidance, batch=batch, target=model.cfg.target,
+                   ratio=torch.stack(ratios).mean().item(), difference=difference,
+                   **against("static", times))
+
+
+@torch.no_grad()
+def eval_ratio(model, diffusion, x0, y):
+    """FLOPs ratio without noise in the gates, over all times alike."""
+    device = model.pos_embed.device
+    x0, y, rows = x0.to(device), y.to(device), torch.arange(len(x0), device=device)
+    rng, t = StepRNG(0, 0, len(x0), rows, device), diffusion.from_uniform((rows + 0.5) / len(x0))
+    _, aux = diffusion.mse(model, x0, y, t, rng.normal("noise", *x0.shape[1:]))
+    return aux["flops"].mean().item()
+
+
+def dydit_curve(shapes, device, target=0.5, every=10):
+    """FLOPs ratio while train.py fine-tunes a dense DiT; dydit-curve.png beside the results."""
+    steps, done, spent, points = shapes["curve"], 0, [], []
+    _, diffusion, checkpoint = load_named(shapes["dense"], "dit", device)
+    held_out, loss, update = data.held_out(checkpoint), dydit.loss, train.update_ema
+    rows = torch.arange(min(256, len(held_out)))
+    x0, y = held_out.batch(rows, StepRNG(0, 0, len(rows), rows))
+
+    def watched_loss(*args):
+        result = loss(*args)
+        spent[:] = [result[1]["flops"].mean().item()]
+        return result
+
+    def watched_update(ema, model, decay):
+        nonlocal done
+        update(ema, model, decay)
+        done += 1
+        if done % every == 0 or done == steps:
+            goal, ratio = dydit.lambda_step(done, model.cfg), eval_ratio(ema, diffusion, x0, y)
+            points.append(dict(step=done, goal=goal, training=spent[0], ema=ratio))
+
+    with tempfile.TemporaryDirectory() as out, Stopwatch(device) as patches:
+        patches.replace(dydit, "loss", watched_loss)
+        patches.replace(train, "update_ema", watched_update)
+        train.main(f"--model dydit --tiny --steps {steps} --sample-every 0 --set target={target} "
+                   f"--init {shapes['dense']} --out {out} --device {device.type}".split())
+    draw_curve(shapes["json"].with_name("dydit-curve.png"), points)
+    yield from points
+
+
+def draw_curve(file, points, width=640, height=320):
+    """lambda_step grey, ratio in training blue, of the EMA without noise red; bottom 0, top 1."""
+    sheet = Image.new("RGB", (width, height), "white")
+    for name, colour in (("goal", "grey"), ("training", "royalblue"), ("ema", "crimson")):
+        line = [(p["step"] / points[-1]["step"] * (width - 1), (1 - p[name]) * (height - 1))
+                for p in points]
+        ImageDraw.Draw(sheet).line(line, fill=colour, width=2)
+    write_atomic(file, lambda f: sheet.save(f, "PNG"))
 
 
 # ------------------------------------------------------------------------------- growth
@@ -467,19 +610,19 @@ def dit_case(shapes, device):
 
 def whole_step(module, cfg, batch, device):
     """A training step of train.py's own parts, without reading data -> f(), parameters."""
-    args = train.parse_args(["--model", module.__name__, "--tiny", "--device", device.type])
-    path = RectifiedFlow()
-    model, ema = train.make_models(args, module, cfg, None, device)
-    awake(model, device)
-    (optimizer, _), = train.make_optimizers(args, module, model, path, device)
+    diffusion, model = RectifiedFlow(), awake(module.Model(cfg), device).train()
+    ema, groups = copy.deepcopy(model).eval(), getattr(module, "param_groups", None)
+    optimizer = torch.optim.AdamW(
+        groups(model, 3e-3) if groups else [p for p in model.parameters() if p.requires_grad],
+        lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
     x0, _, y = network_inputs(cfg, batch, device)
-    draw = train.Draw(0, 0, batch, torch.arange(batch), device)
+    rng = StepRNG(0, 0, batch, torch.arange(batch), device)
     loss_of = getattr(module, "loss", train.default_loss)
 
     def go():
-        loss, aux = loss_of(path, model, x0, y, 0, draw)
+        loss, aux = loss_of(diffusion, model, x0, y, 0, rng)
         (loss + sum(v for k, v in aux.items() if k.endswith("_loss"))).backward()
-        train.clip_gradients(1.0, model, path, 1)
+        train.clip_gradients(1.0, model, diffusion, 1)
         optimizer.step()
         train.update_ema(ema, model, 0.99)
         optimizer.zero_grad()
@@ -487,11 +630,11 @@ def whole_step(module, cfg, batch, device):
 
 
 def growth(shapes, device):
-    """More experts at equal work; more tokens per picture at equal tokens; more blocks."""
+    """More experts at equal work; more tokens per image at equal tokens; more blocks."""
     n, images = shapes["rounds"], shapes["images"]
     for module in (ditmoe, racedit):
         sizes = {E: replace(module.TINY, size=32, experts=E, learn_sigma=False)
-                 for E in shapes["experts"]}                            # 64 tokens a picture
+                 for E in shapes["experts"]}                            # 64 tokens per image
         yield from grow(module, "experts", sizes, [images] * len(sizes), n, device)
     sides = {L: replace(dit.TINY, size=4 * int(L**0.5), learn_sigma=False)
              for L in shapes["tokens"]}
@@ -525,17 +668,17 @@ def peak(name, net, device, bf16):
     go = both_ways(model, network_objective, *network_inputs(cfg, net["batch"], device))
     tiny = both_ways(model, network_objective, *network_inputs(cfg, 1, device))
     tiny()                                                  # libraries and threads take theirs
-    before = held(device)
+    before = peak_bytes(device)
     amp(go, device, bf16)()
-    return (held(device) - before) / 2**20
+    return (peak_bytes(device) - before) / 2**20
 
 
-def held(device):
+def peak_bytes(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status")
-    if status.exists():                                     # Linux; ru_maxrss begins with the peak of
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])     # who started us
+    if status.exists():                         # Linux; ru_maxrss begins with the parent's peak
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
@@ -544,7 +687,7 @@ def held(device):
 def memory(shapes, device):
     """Each network in a process of its own: a peak can only rise."""
     for net in shapes["nets"]:
-        for bf16 in bf16_too(device):
+        for bf16 in precisions(device):
             row = {}
             for name in ("plain", "ours"):
                 code = ("import torch\nfrom experiments.bench import peak\n"
@@ -560,6 +703,7 @@ def memory(shapes, device):
 
 CASES = dict(routed=routed, step=step, sampler=sampler, dydit=dydit_case, dtr=dtr_case,
              growth=growth, dit=dit_case, memory=memory)
+WITH_CHECKPOINTS = {"dydit-sampling": dydit_sampling, "dydit-curve": dydit_curve}
 
 
 # ------------------------------------------------------------------------------- command line
@@ -581,35 +725,45 @@ class Table:
         return max(len(name), 16 if name == "way" else 9 if name in ("macs", "batch") else 7)
 
 
-def main(argv=None):
-    p = train.Parser(prog="bench", description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    p.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(CASES)}; default: all")
+def parse_args(argv):
+    p = Parser(prog="bench.py", description=__doc__.split("\n\n")[0])
+    known = CASES | WITH_CHECKPOINTS
+    p.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(known)}; default: all "
+                   "that need no checkpoint")
+    p.add_argument("--dense", type=Path, help="checkpoint of a dense DiT, for the last two cases")
+    p.add_argument("--dydit", type=Path, nargs="+", help="DyDiT checkpoints fine-tuned from it")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--rounds", type=train.number(int, 1, 10**6), help=f"default: {FULL['rounds']}")
+    p.add_argument("--rounds", type=number(int, 1, 10**6), help=f"default: {FULL['rounds']}")
     p.add_argument("--micro", action="store_true", help="tiny shapes, one round: does it run?")
     p.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "bench.json")
     args = p.parse_args(argv)
     if args.json.suffix != ".json":
-        raise train.Refusal(f"--json {args.json}: must end in .json")
+        raise UserError(f"--json {args.json}: must end in .json")
     for case in args.cases:
-        if case not in CASES:
-            raise train.Refusal(f"no case {case!r}: one of {', '.join(CASES)}")
-    shapes = dict(MICRO if args.micro else FULL)
-    shapes["rounds"] = args.rounds or shapes["rounds"]
-    device = train.join(args.device)[2]
+        if case not in known:
+            raise UserError(f"no case {case!r}: one of {', '.join(known)}")
+        if case in WITH_CHECKPOINTS and not (args.dense and (args.dydit or "curve" in case)):
+            raise UserError(f"{case} needs --dense CKPT and, for dydit-sampling, --dydit CKPT")
+    return args
+
+
+def main(argv):
+    args = parse_args(argv)
+    shapes = dict(MICRO if args.micro else FULL, dense=args.dense, json=args.json)
+    shapes |= {"fine-tuned": args.dydit, "rounds": args.rounds or shapes["rounds"]}
+    device = select_device(args.device)
     torch.set_num_threads(1)
     if device.type == "cpu":
-        train.keep_memory()                                 # as train.py
-    results = json.loads(args.json.read_text()) if args.json.exists() else {}
+        tune_malloc()                                       # as train.py
+    results = read_json(args.json) if args.json.exists() else {}
     for case in args.cases or CASES:
-        print(f"\n{case}: {CASES[case].__doc__ or 'ratios to the first'}".split("\n")[1])
-        rows, table = [], Table()
-        for row in CASES[case](shapes, device):
+        work, rows, table = (CASES | WITH_CHECKPOINTS)[case], [], Table()
+        print(f"\n{case}: {work.__doc__}")
+        for row in work(shapes, device):
             table.add(row)
             rows.append(row)
         results[case] = dict(device=device_name(device), torch=torch.__version__, rows=rows)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(args.json, results)
     print(f"\nwritten to {args.json}")
 
 
@@ -619,14 +773,5 @@ def device_name(device):
     return f"{device.type}, one thread, {torch.backends.cpu.get_cpu_capability()}"
 
 
-def cli(argv):
-    try:
-        main(argv)
-        return 0
-    except (train.Refusal, ValueError, OSError) as e:
-        print(f"bench: {' '.join(str(e).split())}", file=sys.stderr)
-        return 2
-
-
 if __name__ == "__main__":
-    sys.exit(cli(sys.argv[1:]))
+    sys.exit(run_program("bench.py", main, sys.argv[1:]))

@@ -1,32 +1,31 @@
-"""How good are the samples? Four numbers from the judge (features.py), and the paired loss.
+"""How good are the samples? Four numbers from the feature net, and the paired validation loss.
 
-   python -m experiments.metrics runs/dit/last.pt                       # samples, then judges
-   python -m experiments.metrics samples.npz --data fashion-mnist     # judges what sample.py wrote
-   python -m experiments.metrics samples.npz --fidelity ref.npz       # FID and IS by torch-fidelity
+    python -m experiments.metrics runs/dit/last.pt                     draws samples, measures them
+    python -m experiments.metrics samples.npz --data fashion-mnist     measures what sample.py wrote
+    python -m experiments.metrics samples.npz --fidelity ref.npz       FID and IS by torch-fidelity
 
-   1. Frechet distance: two clouds of 64 features, compared as Gaussians. Falls with blur, wrong
-      shapes, missing classes. Even real pictures against real ones do not reach 0: the floor is
-      measured at the same N and printed beside it.
-   2. Class accuracy: does the judge see the class that was asked for? Only this catches wrong
-      labels.
-   3. Precision: share of samples that lie among the real pictures.
-   4. Recall: share of real pictures that lie among the samples; it catches forgotten kinds.
+1. Frechet distance: both sets of 64 features are compared as Gaussians. It rises with blur, wrong
+   shapes and missing classes. Two sets of real images do not reach 0 either: their distance is
+   measured at the same N and printed beside it.
+2. Class accuracy: how often the feature net predicts the class that was asked for. No other number
+   notices wrong labels.
+3. Precision: the share of samples that lie among the real images.
+4. Recall: the share of real images that lie among the samples. It notices forgotten kinds.
 
-           real o    radius of o = distance to its         precision: x inside some o's ball
-           fake x    3rd nearest o, the same for x         recall:    o inside some x's ball
+        real o    radius of o = distance to its         precision: x inside the ball of some o
+        fake x    3rd nearest o; the same for x         recall:    o inside the ball of some x
 
-   5. Paired validation loss: the same held-out pictures, times and noise for every model, so that
-      two models differ by what they learned and not by luck.
+5. Paired validation loss: every model meets the same held-out images, times and noise, so that two
+   models differ by what they learned and not by luck.
 
-   Letters: N pictures, D features, C channels, S side, k neighbours.         Read next: evaluate()
+Letters: N images, D features, C channels, S side, k neighbours.  Read next: evaluate().
 
-   Ledger.  The real set is N pictures of the training split, as FID is defined, evenly many per
-   class; "real" is a second such set, with no picture in common. A class accuracy above the real
-   one is no praise: guidance draws pictures that are easier than life. Precision and recall are
-   Kynkaanniemi et al. 2019 (arXiv:1904.06991, Sec. 2), 64 features in place of VGG's 4096.   """
+The real set is N images of the training split, as FID is defined, evenly many per class. "real" is
+a second such set without a common image. A class accuracy above the real one is no praise: guidance
+makes images that are easier to classify than real ones. Precision and recall follow Kynkaanniemi et
+al. 2019 (arXiv:1904.06991, Sec. 2), with 64 features in place of VGG's 4096."""
 
 import functools
-import json
 import sys
 import zipfile
 from pathlib import Path
@@ -34,24 +33,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-from data import DataError, load as load_data
-from experiments import features as judges
+import sample
+from common.checkpoint import load_model
+from common.cli import Parser, UserError, number, run_program
+from common.distributed import select_device, tune_malloc
+from common.files import write_json
+from experiments import feature_net
+
+LIMIT = 1 << 30                                 # bytes that an npz may always unpack to
 
 
 @functools.lru_cache(maxsize=4)
-def judge(source):
-    return judges.load(source)
+def load_net(source):
+    return feature_net.load(source)
 
 
 @torch.no_grad()
 def features(x, source="digits"):
-    """Pictures (N, C, S, S) in [-1, 1] -> features (N, 64) and logits (N, classes), float32."""
-    net, about = judge(source)
-    if tuple(x.shape[1:]) != (about["channels"], about["size"], about["size"]):
-        raise DataError(f"pictures are {tuple(x.shape[1:])}, but the judge of {source} knows "
-                        f"{(about['channels'], about['size'], about['size'])}")
+    """Images (N, C, S, S) in [-1, 1] -> features (N, 64) and logits (N, classes), float32."""
+    net, about = load_net(source)
+    expected = (about["channels"], about["size"], about["size"])
+    if tuple(x.shape[1:]) != expected:
+        raise UserError(f"images are {tuple(x.shape[1:])}, but the feature net of {source} was "
+                        f"trained on {expected}")
     parts = [net(some.float()) for some in x.split(500)]
     return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
@@ -59,7 +64,7 @@ def features(x, source="digits"):
 def frechet(a, b):
     """Frechet distance of Gaussians fitted to features a (N, D) and b (M, D), in float64.
 
-    0 for equal means and covariances; (distance of the means)^2 when only they differ."""
+    0 for equal means and covariances; (distance of the means)^2 when only the means differ."""
     a, b = torch.as_tensor(a).double(), torch.as_tensor(b).double()
     cov_a, cov_b = torch.cov(a.T).reshape(2 * a.shape[1:]), torch.cov(b.T).reshape(2 * b.shape[1:])
     values, vectors = torch.linalg.eigh(cov_a)
@@ -82,7 +87,7 @@ def precision_recall(real, fake, k=3):
     """Shares of fake among real, and of real among fake (Kynkaanniemi Eq. 1-3), both 0..1."""
     real, fake = torch.as_tensor(real).double(), torch.as_tensor(fake).double()
     if min(len(real), len(fake)) <= k:
-        raise DataError(f"precision and recall need more than k = {k} pictures")
+        raise UserError(f"precision and recall need more than k = {k} images")
 
     def share(points, cloud):
         radius = radii(cloud, k)
@@ -93,23 +98,23 @@ def precision_recall(real, fake, k=3):
 
 
 @torch.no_grad()
-def validation_loss(model, path, data, n=1000, seed=0):
-    """The squared error alone, unweighted, on n pictures of `data` (a test split).
+def validation_loss(model, diffusion, held_out, n=1000, seed=0):
+    """The mean squared error, without weights and auxiliary losses, on n images of a Dataset.
 
-    The i-th picture always meets the same time and noise, whatever the model: compare losses of two
-    models pairwise. The times cover [0, 1) evenly. -> {"mean": float, "bins": ten means by time}"""
-    n = min(n, len(data))
+    The i-th image always meets the same time and noise, whatever the model: compare the losses of
+    two models pairwise. Times cover [0, 1) evenly. -> {"mean": float, "bins": ten means by time}"""
+    n = min(n, len(held_out))
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.linspace(0, len(data) - 1, n).long()
+    ids = torch.linspace(0, len(held_out) - 1, n).long()
     u = (torch.randperm(n, generator=generator) + torch.rand(n, generator=generator)) / n
-    noise = torch.randn(n, data.channels, data.size, data.size, generator=generator)
+    noise = torch.randn(n, held_out.channels, held_out.size, held_out.size, generator=generator)
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     losses = []
     for rows in torch.arange(n).split(100):
-        x0, y = data.batch(ids[rows])
-        t = path.grid(u[rows].clamp(max=1 - 1e-6))
-        loss, _ = path.error(model, *(v.to(device) for v in (x0, y, t, noise[rows])))
+        x0, y = held_out.batch(ids[rows])
+        t = diffusion.from_uniform(u[rows].clamp(max=1 - 1e-6))
+        loss, _ = diffusion.mse(model, *(v.to(device) for v in (x0, y, t, noise[rows])))
         losses.append(loss.double().cpu())
     model.train(was_training)
     losses, tenth = torch.cat(losses), (10 * u).long().clamp(max=9)             # (n,) each
@@ -118,37 +123,37 @@ def validation_loss(model, path, data, n=1000, seed=0):
 
 
 @functools.lru_cache(maxsize=2)
-def training_data(source):
-    return load_data(source, size=judge(source)[1]["size"])
+def training_images(source):
+    return data.load(source, size=load_net(source)[1]["size"])
 
 
 @functools.lru_cache(maxsize=4)
 def real_features(source, n):
-    """Features of two sets of n training pictures, evenly many per class, none in both."""
-    data = training_data(source)
-    n = min(n, len(data) // 2)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    rank = torch.zeros(len(data), dtype=torch.int64)    # this is the how-manieth of its class
-    for label in range(data.classes):
-        mine = order[data.labels[order] == label]
-        rank[mine] = torch.arange(len(mine))
-    ids = (rank * data.classes + data.labels).argsort()[:2 * n]         # class 0, 1, ..., 0, 1, ...
-    feats = features(torch.cat([data.batch(some)[0] for some in ids.split(500)]), source)[0]
+    """Features of two sets of n training images, evenly many per class, no image in both."""
+    images = training_images(source)
+    n = min(n, len(images) // 2)
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    place = torch.zeros(len(images), dtype=torch.int64)     # of an image within its class
+    for label in range(images.classes):
+        members = order[images.labels[order] == label]
+        place[members] = torch.arange(len(members))
+    ids = (place * images.classes + images.labels).argsort()[: 2 * n]   # class 0, 1, ..., 0, 1, ...
+    feats = features(torch.cat([images.batch(some)[0] for some in ids.split(500)]), source)[0]
     return feats[:n], feats[n:]
 
 
 def evaluate(samples, labels, source="digits"):
-    """samples: float (N, C, S, S) in [-1, 1], or uint8 (N, S, S, 3) as in the npz. labels (N,): the
-    class each was asked for. -> the four numbers, and what real pictures reach ("..._real")."""
-    x = to_pictures(samples, judge(source)[1]["channels"])
+    """samples: float (N, C, S, S) in [-1, 1], or uint8 (N, S, S, 3) as in the npz; labels (N,): the
+    class that each was asked for. -> the four numbers, and what real images reach ("..._real")."""
+    x = to_images(samples, load_net(source)[1]["channels"])
     labels = torch.as_tensor(labels).long()
     if len(labels) != len(x):
-        raise DataError(f"{len(labels)} labels for {len(x)} samples")
+        raise UserError(f"{len(labels)} labels for {len(x)} samples")
     feats, logits = features(x, source)
     if not feats.isfinite().all():
-        raise DataError("the samples hold NaN or infinity")
+        raise UserError("the samples hold NaN or infinity")
     if labels.min() < 0 or labels.max() >= logits.shape[1]:
-        raise DataError(f"labels from {labels.min()} to {labels.max()}, for {logits.shape[1]} "
+        raise UserError(f"labels from {labels.min()} to {labels.max()}, for {logits.shape[1]} "
                         f"classes")
     real, other = real_features(source, len(x))
     precision, recall = precision_recall(real, feats)
@@ -156,131 +161,112 @@ def evaluate(samples, labels, source="digits"):
     return {"n": len(x), "n_real": len(real), "source": source,
             "frechet": frechet(real, feats), "frechet_real": frechet(real, other),
             "accuracy": (logits.argmax(1) == labels).double().mean().item(),
-            "accuracy_real": judge(source)[1]["accuracy"],
+            "accuracy_real": load_net(source)[1]["accuracy"],
             "precision": precision, "precision_real": precision_real,
             "recall": recall, "recall_real": recall_real}
 
 
-def to_pictures(samples, channels):
+def to_images(samples, channels):
     """What evaluate() accepts -> float32 (N, C, S, S) in [-1, 1]."""
     samples = torch.as_tensor(samples)
     if samples.ndim != 4 or not len(samples):
-        raise DataError(f"samples must have 4 dimensions, not shape {tuple(samples.shape)}")
+        raise UserError(f"samples must have 4 dimensions, not shape {tuple(samples.shape)}")
     if samples.dtype != torch.uint8:
         return samples.float().clamp(-1, 1)
     if samples.shape[-1] != 3:
-        raise DataError(f"uint8 samples must be (N, S, S, 3), not {tuple(samples.shape)}")
+        raise UserError(f"uint8 samples must be (N, S, S, 3), not {tuple(samples.shape)}")
     x = samples.movedim(-1, 1).float() / 127.5 - 1                              # (N, 3, S, S)
     if channels == 1 and not (x[:, :1] == x).all():
-        raise DataError("the samples are in colour, the data are grey")
+        raise UserError("the samples are in colour, the data are grey")
     return x[:, :channels]
 
 
-def read_npz(path, labels=True):
-    """What sample.py --npz wrote: arr_0 uint8 (N, S, S, 3), arr_1 int64 (N,).
+def read_npz(file, labels=True):
+    """What sample.py --npz writes -> arr_0 uint8 (N, S, S, 3), arr_1 int64 (N,).
 
-    ADM's reference files have no labels."""
+    labels=False: the file may have none, like ADM's reference files."""
     try:
-        with zipfile.ZipFile(path) as file:         # pictures shrink by half, not to a hundredth
-            whole = sum(entry.file_size for entry in file.infolist())
-        if whole > max(data.LIMIT, 10 * Path(path).stat().st_size):
-            raise DataError(f"unpacks to {whole:,} bytes")
-        with np.load(path, allow_pickle=False) as file:
-            samples, labels = file["arr_0"], file["arr_1"] if labels else np.zeros(1, int)
-    except Exception as error:                  # damaged files raise a dozen different errors
-        raise DataError(f"{path}: cannot be read ({error})") from None
+        with zipfile.ZipFile(file) as z:            # images shrink by half, not to a hundredth
+            unpacked = sum(entry.file_size for entry in z.infolist())
+        if unpacked > max(LIMIT, 10 * Path(file).stat().st_size):
+            raise UserError(f"unpacks to {unpacked:,} bytes")
+        with np.load(file, allow_pickle=False) as arrays:
+            samples = arrays["arr_0"]
+            labels = arrays["arr_1"] if labels else np.zeros(1, int)
+    except Exception as error:                      # damaged files raise a dozen different errors
+        raise UserError(f"{file}: cannot be read ({error})") from None
     if samples.dtype != np.uint8 or labels.dtype.kind not in "iu" or labels.ndim != 1:
-        raise DataError(f"{path}: arr_0 must be uint8 and arr_1 one row of integers")
+        raise UserError(f"{file}: arr_0 must be uint8 and arr_1 one row of integers")
     return samples, labels
 
 
-class Pictures(torch.utils.data.Dataset):
-    """arr_0 of an npz as torch-fidelity wants it: uint8 (3, S, S), one by one."""
+class Images(torch.utils.data.Dataset):
+    """arr_0 of an npz as torch-fidelity reads it: uint8 (3, S, S), one by one."""
 
-    def __init__(self, path):
-        self.pictures = read_npz(path, labels=False)[0]
+    def __init__(self, file):
+        self.images = read_npz(file, labels=False)[0]
 
     def __len__(self):
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, i):
-        return torch.from_numpy(self.pictures[i]).permute(2, 0, 1)
+        return torch.from_numpy(self.images[i]).permute(2, 0, 1)
 
 
 def fidelity(file, reference, device):
     """FID and IS by Inception, precision and recall by VGG. reference: an npz with arr_0, or a
-    folder of pictures of the same size.
+    folder of images of the same size.
 
-    Not the published figures: ADM's evaluator takes the FID to the mean and covariance of all of
-    ImageNet, and precision and recall by Inception, too. Its reference file holds 10,000 pictures
-    besides; to them FID is higher."""
+    These are not the published figures: ADM's evaluator compares with the mean and covariance of
+    all of ImageNet, and takes precision and recall by Inception. The 10,000 images that its
+    reference file also holds give a higher FID."""
     try:
         from torch_fidelity import calculate_metrics
     except ImportError:
-        raise DataError("--fidelity: pip install torch-fidelity (0.4 or later)") from None
+        raise UserError("--fidelity: pip install torch-fidelity (0.4 or later)") from None
     if not Path(reference).exists():
-        raise DataError(f"{reference}: no such file or folder")
-    real = Pictures(reference) if str(reference).endswith(".npz") else str(reference)
-    found = calculate_metrics(input1=Pictures(file), input2=real, cuda=device.startswith("cuda"),
+        raise UserError(f"{reference}: no such file or folder")
+    real = Images(reference) if str(reference).endswith(".npz") else str(reference)
+    found = calculate_metrics(input1=Images(file), input2=real, cuda=device.startswith("cuda"),
                               isc=True, fid=True, prc=True, verbose=False,
                               save_cpu_ram=True)        # 50,000 x 50,000 distances: 10 GB a table
     return {name: float(value) for name, value in found.items()}
 
 
 def from_checkpoint(args):
-    """Sample from a checkpoint and measure its validation loss. -> samples, labels, source, loss"""
-    import sample                               # lazily: an npz is judged without any model
-    from train import Refusal, keep_memory
-    keep_memory()
-    model, path, checkpoint = sample.load(args.file, weights=args.weights, device=args.device)
-    if args.solver and args.solver not in path.solvers:
-        raise Refusal(f"--solver {args.solver}: this checkpoint has {', '.join(path.solvers)}")
+    """Draw samples and measure the validation loss -> samples, labels, source, loss; of a model of
+    latents the loss alone."""
+    tune_malloc()
+    model, diffusion, checkpoint = load_model(args.file, args.weights, args.device)
+    if args.solver and args.solver not in diffusion.solvers:
+        raise UserError(f"--solver {args.solver}: this checkpoint has "
+                        f"{', '.join(diffusion.solvers)}")
     if not model.cfg.classes:
-        raise Refusal(f"{args.file} knows no classes: the judge cannot ask for them")
+        raise UserError(f"{args.file} was trained without classes: there is no class to ask for")
     if args.data and args.data != checkpoint["data"]["source"]:
         checkpoint["data"] = dict(source=args.data)
     held_out, source = data.held_out(checkpoint), checkpoint["data"]["source"]
-    loss = validation_loss(model, path, held_out)
+    loss = validation_loss(model, diffusion, held_out)
     if held_out.latent:
         return None, None, source, loss
-    judge(source)                               # before the slow part: is there one?
+    load_net(source)                                # fails now, not after the slow part
     labels = torch.arange(args.n) % held_out.classes
-    samples = sample.generate(model, path, labels, seed=args.seed, steps=args.steps,
+    samples = sample.generate(model, diffusion, labels, seed=args.seed, steps=args.steps,
                               solver=args.solver, cfg=args.cfg)
     return samples.cpu(), labels, source, loss
 
 
-def table(result):
-    lines = [f"{name:38}{value:10.4f}" for name, value in result.get("fidelity", {}).items()]
-    if "frechet" in result:
-        same = f"two real sets of {result['n_real']:,}"
-        lines += [f"{'':18}{'samples':>9}{'real':>9}   N = {result['n']:,}, {result['source']}",
-                  f"{'Frechet distance':18}{result['frechet']:9.3f}{result['frechet_real']:9.3f}"
-                  f"   low is good; real: {same}"]
-        notes = {"accuracy": "real: held-out pictures", "precision": f"real: {same}", "recall": ""}
-        for name, note in notes.items():
-            title = "class accuracy" if name == "accuracy" else name
-            line = f"{title:18}{result[name]:9.2%}{result[name + '_real']:9.2%}   {note}"
-            lines.append(line.rstrip())
-    if "loss" in result:
-        lines.append(f"{'validation loss':18}{result['loss']['mean']:9.4f}{'':12}held-out pictures")
-        for i, value in enumerate(result["loss"]["bins"]):
-            if value is not None:
-                lines.append(f"  t {i / 10:.1f} to {(i + 1) / 10:.1f}{'':6}{value:9.4f}")
-    return "\n".join(lines)
-
-
-def by_fidelity(args):
-    if args.data or not args.file.endswith(".npz"):
-        raise DataError("--fidelity compares an npz of sample.py with REF: no checkpoint, --data")
-    return {"fidelity": fidelity(args.file, args.fidelity, args.device)}
-
-
-def by_judge(args):
-    loss = None
-    if args.file.endswith(".npz"):
+def measure(args):
+    """What the command line asks for -> the numbers."""
+    is_npz, loss = args.file.endswith(".npz"), None
+    if args.fidelity:
+        if args.data or not is_npz:
+            raise UserError("--fidelity compares an npz of sample.py with REF: no checkpoint and "
+                            "no --data")
+        return {"fidelity": fidelity(args.file, args.fidelity, args.device)}
+    if is_npz:
         if not args.data:
-            raise DataError(f"{args.file}: say which --data these samples imitate")
+            raise UserError(f"{args.file}: say which --data these samples imitate")
         samples, labels, source = *read_npz(args.file), args.data
     else:
         samples, labels, source, loss = from_checkpoint(args)
@@ -288,40 +274,53 @@ def by_judge(args):
     return result | ({"loss": loss} if loss else {})
 
 
-def main(argv=None):
-    from train import Parser, Refusal, join, number             # lazily, as above
-    parser = Parser(description="Judge samples of a checkpoint or of an npz.", allow_abbrev=False)
+def table(result):
+    """The numbers as text."""
+    lines = [f"{name:38}{value:10.4f}" for name, value in result.get("fidelity", {}).items()]
+    if "frechet" in result:
+        same = f"two real sets of {result['n_real']:,}"
+        lines += [f"{'':18}{'samples':>9}{'real':>9}   N = {result['n']:,}, {result['source']}",
+                  f"{'Frechet distance':18}{result['frechet']:9.3f}{result['frechet_real']:9.3f}"
+                  f"   low is good; real: {same}"]
+        notes = {"accuracy": "real: held-out images", "precision": f"real: {same}", "recall": ""}
+        for name, note in notes.items():
+            title = "class accuracy" if name == "accuracy" else name
+            line = f"{title:18}{result[name]:9.2%}{result[name + '_real']:9.2%}   {note}"
+            lines.append(line.rstrip())
+    if "loss" in result:
+        lines.append(f"{'validation loss':18}{result['loss']['mean']:9.4f}{'':12}held-out images")
+        for i, value in enumerate(result["loss"]["bins"]):
+            if value is not None:
+                lines.append(f"  t {i / 10:.1f} to {(i + 1) / 10:.1f}{'':6}{value:9.4f}")
+    return "\n".join(lines)
+
+
+def main(argv):
+    p = Parser(prog="metrics.py", description="Measure samples of a checkpoint or of an npz.")
     count = number(int, 1, 10**6)
-    parser.add_argument("file", help="checkpoint of train.py, or npz of sample.py")
-    parser.add_argument("--data", help="the data set to compare with (default: the checkpoint's)")
-    parser.add_argument("--n", type=count, default=2000, help="how many samples")
-    parser.add_argument("--cfg", type=number(float, 0), default=2.0, help="guidance scale")
-    parser.add_argument("--steps", type=count, default=25)
-    parser.add_argument("--solver", help="as in sample.py")
-    parser.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
-    parser.add_argument("--weights", choices=["ema", "raw"], default="ema")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", help="write the numbers there as well")
-    parser.add_argument("--fidelity", metavar="REF", help="of an npz: FID and IS against this "
-                        "npz or folder, not the judge (pip install torch-fidelity)")
-    try:
-        args = parser.parse_args(argv)
-        args.device = str(join(args.device)[2])
-        if args.json and not args.json.endswith(".json"):
-            raise DataError(f"--json {args.json}: must end in .json")
-        if not Path(args.file).is_file():
-            raise DataError(f"{args.file}: no such file")
-        if args.n <= 3:
-            raise DataError(f"--n {args.n}: needs more than 3 samples")
-        result = by_fidelity(args) if args.fidelity else by_judge(args)
-        if args.json:
-            data.write_whole(Path(args.json), json.dumps(vars(args) | result, indent=1).encode())
-    except (Refusal, ValueError, OSError) as error:
-        print(f"metrics.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    p.add_argument("file", help="checkpoint of train.py, or npz of sample.py")
+    p.add_argument("--data", help="the data set to compare with (default: the checkpoint's)")
+    p.add_argument("--n", type=number(int, 4, 10**6), default=2000, help="how many samples")
+    p.add_argument("--cfg", type=number(float, 0), default=2.0, help="guidance scale")
+    p.add_argument("--steps", type=count, default=25)
+    p.add_argument("--solver", help="as in sample.py")
+    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
+    p.add_argument("--weights", choices=["ema", "raw"], default="ema")
+    p.add_argument("--device", default="cpu")
+    p.add_argument("--json", help="write the numbers there as well")
+    p.add_argument("--fidelity", metavar="REF", help="of an npz: FID and IS against this npz or "
+                   "folder, without the feature net (pip install torch-fidelity)")
+    args = p.parse_args(argv)
+    args.device = str(select_device(args.device))
+    if args.json and not args.json.endswith(".json"):
+        raise UserError(f"--json {args.json}: must end in .json")
+    if not Path(args.file).is_file():
+        raise UserError(f"{args.file}: no such file")
+    result = measure(args)
+    if args.json:
+        write_json(args.json, vars(args) | result)
     print(table(result))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program("metrics.py", main, sys.argv[1:]))
