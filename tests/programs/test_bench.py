@@ -5,9 +5,12 @@ import math
 
 import pytest
 import torch
+from helpers import run_cli, write_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiments import bench
+
+pytestmark = pytest.mark.usefixtures("few_digits")
 
 
 def counted(module, x):
@@ -35,10 +38,10 @@ def test_the_plain_dit_of_the_bench_is_dit():
     torch.testing.assert_close(found, expected)
 
 
-def test_every_round_begins_with_another_path():
+def test_every_round_starts_with_another_variant():
     seen = []
-    paths = {name: lambda name=name: seen.append(name) for name in "ABC"}
-    times = bench.rounds(paths, 3, torch.device("cpu"))
+    variants = {name: lambda name=name: seen.append(name) for name in "ABC"}
+    times = bench.rounds(variants, 3, torch.device("cpu"))
     assert "".join(seen[6:]) == "ABCBCACAB" and times["A"].shape == (3, 2)
 
 
@@ -49,9 +52,9 @@ FIELDS = {"routed": ("dense_s", "routed", "routed_wall", "floor", "macs"),
           "growth": ("step_s", "step", "per_mac", "parameters", "floor")}
 
 
-def test_the_bench_runs_and_writes_its_figures(tmp_path, capsys):
+def test_the_bench_runs_and_writes_its_figures(tmp_path):
     file = tmp_path / "bench.json"
-    bench.main([*FIELDS, "--micro", "--device", "cpu", "--json", str(file)])
+    out, _ = run_cli(bench, *FIELDS, "--micro", "--device", "cpu", "--json", file)
     results = json.loads(file.read_text())
     for case, names in FIELDS.items():
         assert results[case]["rows"]
@@ -60,10 +63,37 @@ def test_the_bench_runs_and_writes_its_figures(tmp_path, capsys):
     for row in results["step"]["rows"]:                     # nothing is counted twice or forgotten
         assert 0.8 < sum(row[p] for p in (*bench.PARTS, "rest")) < 1.2
     for row in results["sampler"]["rows"]:
-        assert row["walk"] > 1                              # a walk contains its model calls
-    assert "all_but_model" in capsys.readouterr().out
+        assert row["walk"] > 1                              # a sampler contains its model calls
+    assert "all_but_model" in out
 
 
-def test_a_case_that_does_not_exist_is_refused():
-    with pytest.raises(bench.train.Refusal, match="routed"):
-        bench.main(["sorted"])
+def test_dydit_is_measured_against_its_dense_parent(checkpoints, tmp_path):
+    dense, ours = checkpoints
+    file = tmp_path / "bench.json"
+    cases = ["dydit-sampling", "dydit-curve", "--dense", dense, "--dydit", ours]
+    run_cli(bench, *cases, "--micro", "--device", "cpu", "--json", file)
+    results = json.loads(file.read_text())
+    row, = results["dydit-sampling"]["rows"]
+    assert row["ratio"] == 1 and row["difference"] < 1e-2 and row["sliced"] > 0     # all is on
+    points = results["dydit-curve"]["rows"]
+    assert [p["step"] for p in points] == [10, 13]
+    assert all(p["ema"] == 1 for p in points)               # lambda_step has hardly begun to fall
+    assert (tmp_path / "dydit-curve.png").exists()
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    """A dense DiT and a DyDiT whose switches are all on, untrained."""
+    for name, fields in (("dit", {}), ("dydit", dict(token_bias=1e6))):
+        write_model(tmp_path / f"{name}.pt", name, size=28, patch=4, channels=1, dim=32, heads=2,
+                    **fields)
+    return tmp_path / "dit.pt", tmp_path / "dydit.pt"
+
+
+def test_cases_that_do_not_exist_or_lack_a_checkpoint_are_one_line(checkpoints, tmp_path):
+    dense, ours = checkpoints
+    common = ["--micro", "--device", "cpu", "--json", tmp_path / "b.json"]
+    for argv, word in ((["sorted"], "routed"), (["dydit-curve"], "--dense"),
+                       (["dydit-sampling", "--dense", dense], "--dydit"),
+                       (["dydit-sampling", "--dense", ours, "--dydit", ours], "holds dydit")):
+        assert word in run_cli(bench, *argv, *common, code=2)[1]

@@ -1,14 +1,21 @@
-"""The metrics against closed forms and cases worked by hand; the judge against its own promises."""
+"""The metrics against closed forms and cases worked by hand, the feature net against what its file
+says, and the command line."""
 
 import json
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
 import torch
 
-from data import DataError, load
-from experiments import features, metrics
+from helpers import run_cli, write_model
+
+import sample
+from common.cli import UserError
+from data import load
+from experiments import feature_net, metrics
 
 
 def gaussian(n, mean, cov, seed):
@@ -44,7 +51,7 @@ def test_frechet_distance_of_a_set_to_itself_is_zero_even_when_it_is_flat():
     assert metrics.frechet(flat, flat + 3) == pytest.approx(4 * 9, abs=1e-6)
 
 
-def test_the_floor_of_two_sets_of_white_noise_is_what_their_sampling_errors_give():
+def test_two_sets_of_white_noise_differ_by_their_sampling_errors():
     a, b = torch.randn(2, 4000, 64, generator=torch.Generator().manual_seed(0))
     # means: 2 D / N; covariances, to first order: |error|^2 / 4 = D (D + 1) / (2 N)
     assert metrics.frechet(a, b) == pytest.approx((2 * 64 + 64 * 65 / 2) / 4000, rel=0.05)
@@ -61,12 +68,12 @@ def test_precision_and_recall_of_a_case_worked_by_hand():
     assert metrics.precision_recall(real, fake, k=2) == (0.75, 1.0)
 
 
-def test_a_ball_reaches_its_edge():
+def test_a_point_on_the_edge_of_a_ball_is_inside():
     real, fake = torch.tensor([[0.0], [1.0]]), torch.tensor([[2.0], [7.0]])
     assert metrics.precision_recall(real, fake, k=1) == (0.5, 1.0)      # 2 is exactly 1 away from 1
 
 
-def test_recall_catches_a_generator_that_forgot_half_and_precision_one_that_invents():
+def test_recall_notices_forgotten_images_and_precision_invented_ones():
     g = torch.Generator().manual_seed(1)
     left, right = torch.randn(200, 8, generator=g), torch.randn(200, 8, generator=g) + 50
     fake = torch.randn(200, 8, generator=g)
@@ -82,25 +89,25 @@ def test_precision_and_recall_do_not_depend_on_the_chunks():
     far = torch.cdist(real, real).sort(1).values[:, 3]
     inside = (torch.cdist(fake, real) <= far).any(1).double().mean().item()
     assert metrics.precision_recall(real, fake)[0] == pytest.approx(inside)
-    with pytest.raises(DataError, match="more than k = 3"):
+    with pytest.raises(UserError, match="more than k = 3"):
         metrics.precision_recall(real[:3], fake)
 
 
 # -------------------------------------------------------------------------------------- paired loss
 
-class Path:
-    """Stands in for a diffusion path: the loss is the time, or whatever the model says."""
+class Diffusion:
+    """Stands in for a diffusion: the error of an image is what the model predicts."""
 
-    def grid(self, u):
+    def from_uniform(self, u):
         assert 0 <= u.min() and u.max() < 1
         return (1000 * u).floor() / 1000
 
-    def error(self, model, x0, y, t, noise):
+    def mse(self, model, x0, y, t, noise):
         prediction, aux = model(x0 + noise, t, y)
         return prediction, aux
 
 
-class Spy(torch.nn.Module):
+class TimeModel(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.weight, self.seen = torch.nn.Parameter(torch.ones(())), []
@@ -117,64 +124,64 @@ def held_out():
     return load("digits", "test")
 
 
-def test_validation_times_are_even_so_the_mean_of_t_is_a_half_and_bins_climb(held_out):
-    found = metrics.validation_loss(Spy(), Path(), held_out, n=1000)
-    assert found["mean"] == pytest.approx(0.4995, abs=5e-4)             # grid rounds down by 1/2000
+def test_validation_times_cover_0_to_1_evenly(held_out):
+    found = metrics.validation_loss(TimeModel(), Diffusion(), held_out, n=1000)
+    assert found["mean"] == pytest.approx(0.4995, abs=5e-4)             # rounded down by 1/2000
     assert found["bins"] == pytest.approx([0.05 + i / 10 - 5e-4 for i in range(10)], abs=2e-3)
 
 
-def test_two_models_meet_the_same_pictures_times_noise_and_labels(held_out):
-    a, b = Spy().train(), Spy()
-    metrics.validation_loss(a, Path(), held_out, n=230)
-    torch.rand(7)                                           # the global generator plays no part
-    metrics.validation_loss(b, Path(), held_out, n=230)
+def test_two_models_meet_the_same_images_times_noise_and_labels(held_out):
+    a, b = TimeModel().train(), TimeModel()
+    metrics.validation_loss(a, Diffusion(), held_out, n=230)
+    torch.rand(7)                                           # torch's own generator plays no part
+    metrics.validation_loss(b, Diffusion(), held_out, n=230)
     assert all(torch.equal(u, v) for p, q in zip(a.seen, b.seen) for u, v in zip(p, q))
     assert a.training and sum(len(x) for x, _, _ in a.seen) == 230
-    metrics.validation_loss(b, Path(), held_out, n=230, seed=1)
+    metrics.validation_loss(b, Diffusion(), held_out, n=230, seed=1)
     assert not torch.equal(b.seen[0][1], b.seen[3][1])
 
 
-# -------------------------------------------------------------------------------------------- judge
+# -------------------------------------------------------------------------------- the feature net
 
-def test_the_shipped_judges_are_as_accurate_as_their_files_say(held_out):
-    net, about = features.load("digits")
-    assert features.accuracy(net.train(), held_out) == pytest.approx(about["accuracy"], abs=1e-3)
+def test_the_shipped_feature_nets_are_as_accurate_as_their_files_say(held_out):
+    net, about = feature_net.load("digits")
+    assert feature_net.accuracy(net.train(), held_out) == pytest.approx(about["accuracy"], abs=1e-3)
     assert about["accuracy"] >= 0.99 and not net.training
-    assert features.load("fashion-mnist")[1]["accuracy"] >= 0.915
+    assert feature_net.load("fashion-mnist")[1]["accuracy"] >= 0.915
     assert sum(p.numel() for p in net.parameters()) < 70_000
 
 
-def test_a_judge_with_one_changed_byte_is_refused(tmp_path):
+def test_a_feature_net_with_one_changed_byte_is_an_error(tmp_path):
     for name in ("digits.pt", "SHA256SUMS"):
-        (tmp_path / name).write_bytes((features.ASSETS / name).read_bytes())
-    features.load("digits", tmp_path)
+        (tmp_path / name).write_bytes((feature_net.ASSETS / name).read_bytes())
+    feature_net.load("digits", tmp_path)
     raw = bytearray((tmp_path / "digits.pt").read_bytes())
     raw[5000] ^= 1
     (tmp_path / "digits.pt").write_bytes(raw)
-    with pytest.raises(DataError, match="checksum"):
-        features.load("digits", tmp_path)
-    with pytest.raises(DataError, match="python -m experiments.features --data nothing"):
-        features.load("nothing", tmp_path)
+    with pytest.raises(UserError, match="checksum"):
+        feature_net.load("digits", tmp_path)
+    with pytest.raises(UserError, match="python -m experiments.feature_net --data nothing"):
+        feature_net.load("nothing", tmp_path)
 
 
-def test_the_judge_learns_from_its_recipe_and_survives_saving(tmp_path, held_out):
-    class Few:                                              # 512 pictures of the test split
+def test_a_feature_net_survives_saving_in_half_precision(tmp_path, held_out):
+    class Few:                                              # 512 images of the test split
         channels, classes, flips, source, size = 1, 10, True, "few", 28
         batch, __len__ = staticmethod(held_out.batch), lambda self: 512
 
     log = []
-    net = features.train(Few(), epochs=2, batch=64, log=log.append)
+    net = feature_net.train(Few(), epochs=2, batch=64, log=log.append)
     assert len(log) == 2
-    path = features.save(net, Few(), 0.5, tmp_path)
-    again, about = features.load("few", tmp_path)
+    path = feature_net.save(net, Few(), 0.5, tmp_path)
+    again, about = feature_net.load("few", tmp_path)
     x = held_out.batch(torch.arange(8))[0]
     assert about["accuracy"] == 0.5 and path.stat().st_size < 150_000
     assert torch.allclose(net.eval()(x)[0], again(x)[0], atol=1e-2)     # fp16 in the file
 
 
-def test_shifting_moves_a_picture_and_repeats_its_border():
+def test_shifting_moves_an_image_and_repeats_its_border():
     x = torch.arange(25.0).view(1, 1, 5, 5).repeat(50, 1, 1, 1)
-    moved = features.shift(x, 1, torch.Generator().manual_seed(0))
+    moved = feature_net.shift(x, 1, torch.Generator().manual_seed(0))
     padded = torch.nn.functional.pad(x[:1], (1,) * 4, mode="replicate")[0, 0]
     allowed = [padded[i:i + 5, j:j + 5] for i in range(3) for j in range(3)]
     found = {next(i for i, a in enumerate(allowed) if torch.equal(a, m[0])) for m in moved}
@@ -183,7 +190,7 @@ def test_shifting_moves_a_picture_and_repeats_its_border():
 
 # ---------------------------------------------------------------------------------------- evaluate
 
-def test_real_pictures_score_like_real_ones_and_noise_does_not(held_out):
+def test_real_images_score_like_real_ones_and_noise_does_not(held_out):
     ids = torch.arange(400)
     x, y = held_out.batch(ids)
     good = metrics.evaluate(x, y, "digits")
@@ -197,28 +204,38 @@ def test_real_pictures_score_like_real_ones_and_noise_does_not(held_out):
     assert forgot["recall"] < 0.7 < forgot["precision"]
 
 
-def test_the_two_real_sets_are_balanced_and_share_no_picture():
+def test_the_two_real_sets_share_no_image():
     a, b = metrics.real_features("digits", 500)
     assert len(a) == len(b) == 500
     assert torch.cdist(a, b, compute_mode="donot_use_mm_for_euclid_dist").min() > 0
 
 
-def write_npz(path, x, y):
-    rgb = ((x + 1) * 127.5).round().byte().expand(-1, 3, -1, -1).movedim(1, -1)
-    np.savez(path, arr_0=rgb.numpy(), arr_1=y.numpy())
+def images_and_labels(held_out, n):
+    x, y = held_out.batch(torch.arange(n))
+    return x, y, sample.to_uint8(x)
 
 
-def test_an_npz_is_judged_as_the_floats_it_was_made_from(tmp_path, held_out, capsys):
-    x, y = held_out.batch(torch.arange(100))
-    write_npz(tmp_path / "s.npz", x, y)
-    report = tmp_path / "r.json"
-    code = metrics.main([str(tmp_path / "s.npz"), "--data", "digits", "--json", str(report)])
-    out = capsys.readouterr().out
-    found, direct = json.loads(report.read_text()), metrics.evaluate(x, y, "digits")
-    assert code == 0 and all(word in out for word in ("Frechet", "accuracy", "precision", "recall"))
+def test_an_npz_scores_as_the_images_it_was_made_from(tmp_path, held_out):
+    x, y, rgb = images_and_labels(held_out, 100)
+    sample.write_npz(tmp_path / "s.npz", lambda: iter([rgb]), y)
+    out, _ = run_cli(metrics, tmp_path / "s.npz", "--data", "digits", "--json", tmp_path / "r.json")
+    found = json.loads((tmp_path / "r.json").read_text())
+    direct = metrics.evaluate(x, y, "digits")
+    assert all(word in out for word in ("Frechet", "accuracy", "precision", "recall"))
     assert found.pop("source") == direct.pop("source")
     assert all(found[key] == pytest.approx(direct[key], abs=1e-6) for key in direct)
-    assert not (tmp_path / "r.json.part").exists()
+
+
+def test_a_checkpoint_is_sampled_and_its_loss_is_measured(tmp_path):
+    file, fields = tmp_path / "dit.pt", dict(size=28, patch=4, channels=1, dim=32, heads=2)
+    write_model(file, "dit", **fields)
+    out, _ = run_cli(metrics, file, "--n", 5, "--steps", 1, "--json", tmp_path / "m.json")
+    found = json.loads((tmp_path / "m.json").read_text())
+    assert found["n"] == 5 and found["source"] == "digits" and "validation loss" in out
+    assert 0.5 < found["loss"]["mean"] < 4 and len(found["loss"]["bins"]) == 10
+    assert "euler, heun" in run_cli(metrics, file, "--solver", "ddim", code=2)[1]
+    write_model(file, "dit", classes=0, **fields)
+    assert "without classes" in run_cli(metrics, file, code=2)[1]
 
 
 @pytest.mark.parametrize("arrays, word", [
@@ -232,25 +249,43 @@ def test_an_npz_is_judged_as_the_floats_it_was_made_from(tmp_path, held_out, cap
     (dict(arr_0=np.zeros((3, 28, 28, 3), np.uint8), arr_1=np.zeros(3, np.int64)), "more than k"),
     (dict(arr_0=np.random.default_rng(0).integers(0, 256, (5, 28, 28, 3), np.uint8),
           arr_1=np.zeros(5, np.int64)), "colour")])
-def test_a_broken_npz_is_one_line_and_exit_2(tmp_path, capsys, arrays, word):
+def test_a_broken_npz_is_one_line_and_exit_2(tmp_path, arrays, word):
     np.savez(tmp_path / "s.npz", **arrays)
-    code = metrics.main([str(tmp_path / "s.npz"), "--data", "digits"])
-    error = capsys.readouterr().err
-    assert code == 2 and error.count("\n") == 1 and word in error, error
+    assert word in run_cli(metrics, tmp_path / "s.npz", "--data", "digits", code=2)[1]
 
 
-def test_an_npz_that_unpacks_to_a_thousand_times_itself_is_refused(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(metrics.data, "LIMIT", 1 << 20)             # else 1 GB is fine
-    np.savez_compressed(tmp_path / "s.npz", arr_0=np.zeros((600, 28, 28, 3), np.uint8), arr_1=np.zeros(600, int))
-    assert metrics.main([str(tmp_path / "s.npz"), "--data", "digits"]) == 2
-    assert "unpacks to" in capsys.readouterr().err
+def test_an_npz_that_unpacks_to_a_thousand_times_its_size_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics, "LIMIT", 1 << 20)                  # else 1 GB is fine
+    images, labels = np.zeros((600, 28, 28, 3), np.uint8), np.zeros(600, int)
+    np.savez_compressed(tmp_path / "s.npz", arr_0=images, arr_1=labels)
+    assert "unpacks to" in run_cli(metrics, tmp_path / "s.npz", "--data", "digits", code=2)[1]
 
 
-def test_bad_arguments_are_one_line_and_exit_2(tmp_path, capsys):
+def test_bad_arguments_are_one_line_and_exit_2(tmp_path):
     (tmp_path / "s.npz").write_bytes(b"PK\x03\x04 no zip")
-    for argv, word in ([[str(tmp_path / "s.npz"), "--data", "digits"], "cannot be read"],
-                       [[str(tmp_path / "s.npz")], "--data"], [["nothing.pt"], "no such file"],
-                       [[str(tmp_path / "s.npz"), "--n", "2"], "more than 3"]):
-        code = metrics.main(argv)
-        error = capsys.readouterr().err
-        assert code == 2 and error.count("\n") == 1 and word in error, error
+    for argv, word in ([["s.npz", "--data", "digits"], "cannot be read"], [["s.npz"], "--data"],
+                       [["nothing.pt"], "no such file"], [["s.npz", "--n", "3"], "--n"],
+                       [["s.npz", "--json", "r.txt"], "r.txt"]):
+        assert word in run_cli(metrics, tmp_path / argv[0], *argv[1:], code=2)[1]
+
+
+def test_fidelity_hands_both_sets_to_the_library(tmp_path, monkeypatch):
+    """The library needs Inception's weights, so the test looks at what the library is given."""
+    x = np.random.default_rng(0).integers(0, 256, (2, 5, 8, 8, 3), dtype=np.uint8)
+    sample.write_npz(tmp_path / "s.npz", lambda: iter([x[0]]), torch.arange(5))
+    np.savez(tmp_path / "ref.npz", arr_0=x[1], mu=np.zeros(3))          # as ADM's: without labels
+    argv = [tmp_path / "s.npz", "--fidelity", tmp_path / "ref.npz"]
+    monkeypatch.setitem(sys.modules, "torch_fidelity", None)            # as if not installed
+    assert "pip install torch-fidelity" in run_cli(metrics, *argv, code=2)[1]
+
+    def calculate_metrics(input1, input2, cuda, **wanted):
+        assert wanted["fid"] and wanted["isc"] and not cuda
+        for ours, images in zip((input1, input2), x):
+            assert len(ours) == 5 and ours[3].dtype == torch.uint8
+            assert np.array_equal(ours[3].permute(1, 2, 0), images[3])
+        return {"frechet_inception_distance": np.float64(12.5)}
+    monkeypatch.setitem(sys.modules, "torch_fidelity",
+                        types.SimpleNamespace(calculate_metrics=calculate_metrics))
+    assert "12.5000" in run_cli(metrics, *argv)[0]
+    for bad in (["nowhere.npz"], [argv[2], "--data", "digits"], [argv[2], "--device", "tpu"]):
+        run_cli(metrics, *argv[:2], *bad, code=2)
