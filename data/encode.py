@@ -23,14 +23,15 @@ from common.cli import Parser, UserError, number, run_program
 from common.distributed import select_device
 from common.files import read_json, write_atomic, write_json
 from data import load
-from data.folder import ENDINGS, center_crop, list_classes, thread_pool
+from data.folder import center_crop, count_bits, list_images, thread_pool
 
 MAX_WAIT = 600                                              # seconds to wait for rank 0
 
 
 def load_vae(name, device="cpu"):
     """diffusers' AutoencoderKL: vae.encode(x).latent_dist.mean and .std, vae.decode(z).sample,
-    vae.config.scaling_factor. name: a folder or a Hugging Face model. Raises UserError."""
+    vae.config.scaling_factor and .shift_factor. name: a folder or a Hugging Face model. Raises
+    UserError."""
     try:
         from diffusers import AutoencoderKL
     except (ImportError, RuntimeError) as error:            # RuntimeError: installed, but broken
@@ -44,12 +45,10 @@ def load_vae(name, device="cpu"):
 
 
 def vae_scale(vae):
-    """The number that gives latents a standard deviation near 1. Raises UserError for a VAE that
-    also shifts its latents."""
-    if getattr(vae.config, "shift_factor", None):
-        raise UserError("this VAE shifts its latents, which is not supported; take one like Stable "
-                        "Diffusion's, such as stabilityai/sd-vae-ft-ema")
-    return float(getattr(vae.config, "scaling_factor", 0.18215))
+    """-> scale and shift: scale * (latent - shift) has a mean near 0 and a standard deviation near
+    1. Only some VAEs shift (Stable Diffusion 3, FLUX)."""
+    scale, shift = (getattr(vae.config, name, None) for name in ("scaling_factor", "shift_factor"))
+    return float(scale or 0.18215), float(shift or 0.0)
 
 
 @torch.no_grad()
@@ -117,11 +116,18 @@ def encode(images, out, vae, vae_name, size=256, batch=16, device="cpu", rank=0,
     images, out, vae = Path(images).expanduser(), Path(out).expanduser(), vae.to(device)
     if not images.is_dir():
         raise UserError(f"{images}: no such folder")
-    files, labels, names = list_classes(images, images, ENDINGS)
-    listing = "\n".join(str(Path(file).relative_to(images)) for file in files)
-    order = {"pictures": hashlib.sha256(listing.encode()).hexdigest(), "vae": vae_name,
-             "size": size, "world": world_size}
+    listing, labels, names, note = list_images(images, images)
+    files = [os.path.join(images, name) for name in listing]
+    bits = count_bits(files) or 8
+    log(f"{len(files):,} images{f', {note}' if note else ''}\n")
+    found = hashlib.sha256("\n".join(listing).encode("utf-8", "surrogateescape"))
+    order = {"pictures": found.hexdigest(), "vae": vae_name, "size": size, "world": world_size}
     black = encode_images(vae, [np.zeros((size, size, 3), np.uint8)], device)
+    factor = 2 ** int(math.log2(size / black.shape[-1]))
+    if black.shape[-1] * factor != size:
+        raise UserError(f"--size {size}: this VAE makes latents of {black.shape[-1]}x"
+                        f"{black.shape[-1]}, which are images of {black.shape[-1] * factor}; take "
+                        f"a multiple of {factor}")
     array = open_latents(out, order, (len(files), *black.shape[1:]), rank)      # (N, 2, 2C, s, s)
     progress, mine = out / f"progress-{rank}.json", range(rank, len(files), world_size)
     first = done = read_progress(progress)
@@ -132,7 +138,7 @@ def encode(images, out, vae, vae_name, size=256, batch=16, device="cpu", rank=0,
         write_json(progress, {"done": done})
 
     pool = thread_pool()
-    crop = lambda i: center_crop(files[i], size)
+    crop = lambda i: center_crop(files[i], size, bits)
     decode = lambda start: pool.map(crop, mine[start:start + batch])
     coming = decode(done)
     try:
@@ -152,10 +158,11 @@ def encode(images, out, vae, vae_name, size=256, batch=16, device="cpu", rank=0,
         save()
     # The last process makes the folder a data set. If two end at once, both write the same.
     if sum(read_progress(out / f"progress-{i}.json") for i in range(world_size)) == len(files):
+        scale, shift = vae_scale(vae)
         write_atomic(out / "labels.npy", lambda f: np.save(f, np.array(labels, np.int64)))
         write_json(out / "meta.json", {
-            "kind": "mean-std", "scale": vae_scale(vae), "classes": len(names), "names": names,
-            "vae": vae_name, "size": size})
+            "kind": "mean-std", "scale": scale, "shift": shift, "classes": len(names),
+            "names": names, "vae": vae_name, "size": size})
 
 
 def parse_args(argv):
@@ -181,7 +188,6 @@ def main(argv):
     os.environ.pop("RANK", None)                # every process reports its own errors, not only 0
     device = select_device(args.device)
     vae = load_vae(args.vae)
-    vae_scale(vae)                              # refuses a VAE with a shift before the work
     try:
         encode(args.images, args.out, vae, args.vae, args.size, args.batch, device, args.rank,
                args.world, log=lambda text: print(text, end="", file=sys.stderr, flush=True))

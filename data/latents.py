@@ -19,10 +19,11 @@ import torch
 from common.cli import UserError
 from common.files import read_json
 
-from .folder import list_classes, thread_pool
+from .folder import (
+    MAX_CLASSES, file_sizes, holds_images, is_hidden, list_classes, lists_images, read_table,
+    thread_pool)
 
 MOMENTS = ["samples", "mean-std", "mean-logvar"]            # what one latent array holds
-MAX_CLASSES = 1_000_000
 MAX_NPZ_BYTES = 1 << 26                                     # unpacked; eight are read at a time
 HEADERS = threading.Lock()  # np.load parses a header with Python's own parser, which now and then
                             # raises a SystemError in Python 3.11 if several threads use it
@@ -88,6 +89,9 @@ def one_file_each(files, read_one):
     """read() of a Dataset with one file for each image. read_one(file, mirrored) -> (M, C, S, S),
     which must have the shape of the first file."""
     shape, pool = read_one(files[0], False).shape, thread_pool()
+    if len(shape) != 4:
+        raise UserError(f"{files[0]}: latents must be (channels, side, side); this array has "
+                        f"{len(shape) - 1} dimensions")
 
     def checked(row, mirrored):
         latent = read_one(files[row], mirrored)
@@ -110,9 +114,11 @@ def load_native(main, part, kind):
         "meta.json", "labels.npy", "latents.npy"))
     meta = read_json(meta_file)
     meta = meta if isinstance(meta, dict) else {}
-    kind, scale = kind or meta.get("kind"), meta.get("scale")
+    kind, scale, shift = kind or meta.get("kind"), meta.get("scale"), meta.get("shift", 0.0)
     if kind not in MOMENTS or type(scale) not in (int, float) or not 0 < scale <= 1e30:
         raise UserError(f"{meta_file}: needs kind ({', '.join(MOMENTS)}) and scale")
+    if type(shift) not in (int, float) or not abs(shift) <= 1e30:
+        raise UserError(f"{meta_file}: shift must be a number")
     array = read_array(latents_file)
     if array.ndim not in (4, 5) or array.ndim == 5 and array.shape[1] not in (1, 2):
         raise UserError(f"{latents_file}: must be (N, C, S, S) or (N, 2, C, S, S), not "
@@ -132,7 +138,8 @@ def load_native(main, part, kind):
         array = array[rows, np.array(mirrored, int)] if array.ndim == 5 else array[rows]
         return to_moments(latents_file, array, kind)                            # (n, M, C, S, S)
 
-    return dict(labels=labels, names=names, read=read, scale=float(scale), flips=flips)
+    return dict(labels=labels, names=names, read=read, scale=float(scale), shift=float(shift),
+                scaled=kind == "samples" and scale == 1, flips=flips, kind=kind)
 
 
 def load_fast_dit(main, part, kind):
@@ -141,13 +148,15 @@ def load_fast_dit(main, part, kind):
     if len(features) != 1 or len(targets) != 1:
         raise UserError(f"{part}: needs one *_features and one *_labels folder, not "
                         f"{len(features)} and {len(targets)}")
-    files = sorted(features[0].glob("*.npy"), key=lambda file: (len(file.name), file.name))
+    files = sorted((file for file in features[0].glob("*.npy") if not is_hidden(file.name)),
+                   key=lambda file: (len(file.name), file.name))
     if not files:
         raise UserError(f"{features[0]}: holds no .npy files")
     labels = [read_array(targets[0] / file.name).reshape(-1) for file in files]
     if any(len(label) != 1 for label in labels):
         raise UserError(f"{targets[0]}: every file must hold one label")
     labels = check_labels(targets[0], np.concatenate(labels))
+    names = None if part == main else load_fast_dit(main, main, kind)["names"]
 
     def read_one(file, mirrored):
         array = read_array(file)
@@ -155,31 +164,32 @@ def load_fast_dit(main, part, kind):
             raise UserError(f"{file}: must be (1, C, S, S), not {array.shape}")
         return to_moments(file, array[0], kind or "samples")
 
-    return dict(labels=labels, read=one_file_each(files, read_one), scale=1.0)
+    return dict(labels=labels, names=number_classes(targets[0], labels, names), scale=1.0,
+                scaled=True, read=one_file_each(files, read_one), kind=kind or "samples",
+                listing=[file.name for file in files], sizes=file_sizes(files))
 
 
 def load_edm2(main, part, kind):
     """dataset.json {"labels": [["00000/img-mean-std-00000000.npy", 7], ...]}, files (2C, S, S)."""
-    about = part / "dataset.json"
-    table = read_json(about)
-    table = table.get("labels") if isinstance(table, dict) else None
-    if not table or not all(isinstance(row, list) and len(row) == 2 and type(row[1]) is int
-                            for row in table):
-        raise UserError(f"{about}: has no labels, a list of [file, number of its class]")
-    files = [part / str(name) for name, _ in table]
-    if any(file.suffix != ".npy" or ".." in file.parts for file in files):
-        raise UserError(f"{about}: must list .npy latents below this folder")
-    labels = check_labels(about, [label for _, label in table])
+    about, (listing, labels) = part / "dataset.json", read_table(part)
+    files = [part / name for name in listing]
+    if any(file.suffix != ".npy" for file in files):
+        raise UserError(f"{about}: must list .npy latents, or images only, not {listing[0]}")
+    labels = check_labels(about, labels)
+    names = None if part == main else load_edm2(main, main, kind)["names"]
     if kind is None and not all("mean-std" in file.name for file in files):
         raise UserError(f"{files[0]}: its name does not tell what it holds; say --latent-kind "
                         f"{', '.join(MOMENTS)}")
     read_one = lambda file, mirrored: to_moments(file, read_array(file), kind or "mean-std")
-    return dict(labels=labels, read=one_file_each(files, read_one), scale=0.18215)
+    return dict(labels=labels, names=number_classes(about, labels, names), scale=0.18215,
+                read=one_file_each(files, read_one), kind=kind or "mean-std", listing=listing,
+                sizes=file_sizes(files))
 
 
 def load_mar(main, part, kind):
     """class/image.npz: `moments` (2C, S, S), and `moments_flip` of the mirrored image."""
-    files, labels, names = list_classes(main, part, {".npz"})
+    listing, labels, names, note = list_classes(main, part, {".npz"})
+    files = [part / name for name in listing]
 
     def read_one(file, mirrored):
         array = read_array(file, "moments_flip" if mirrored else "moments")
@@ -187,13 +197,29 @@ def load_mar(main, part, kind):
 
     read = one_file_each(files, read_one)
     read([0], [True])                           # fail early where moments_flip is missing
-    return dict(labels=labels, names=names, read=read, scale=0.2325, flips=True)        # MAR's VAE
+    return dict(labels=labels, names=names, read=read, scale=0.2325, flips=True, note=note,
+                kind=kind or "mean-logvar", listing=listing, sizes=file_sizes(files))
 
 
-LAYOUTS = {"native": ("latents.npy", load_native), "fast-dit": ("*_features", load_fast_dit),
+def number_classes(file, labels, names):
+    """Class names "0", "1", ..., or those of the training split. Raises UserError for a label that
+    it does not have."""
+    if names and int(labels.max()) >= len(names):
+        raise UserError(f"{file}: label {labels.max()}, for {len(names)} classes")
+    return names or [str(i) for i in range(int(labels.max()) + 1)]
+
+
+LAYOUTS = {"native": ("latents.npy", load_native), "fast-dit": ("*_features/*.npy", load_fast_dit),
            "edm2": ("dataset.json", load_edm2), "mar": ("*/*.npz", load_mar)}
 
 
-def find_layouts(folder):
-    """The layouts that this folder could be, by the file that is typical of each."""
-    return [name for name, (sign, _) in LAYOUTS.items() if next(folder.glob(sign), None)]
+def find_layouts(folder, wanted=None):
+    """The layouts that this folder could be, by the file that is typical of each. A stray .npz, or
+    any dataset.json, does not make latents of a folder of images, unless it is `wanted`."""
+    found = [name for name, (sign, _) in LAYOUTS.items() if next(folder.glob(sign), None)]
+    about = read_json(folder / "dataset.json") if "edm2" in found else None
+    has_labels = isinstance(about, dict) and "labels" in about
+    stray = {"mar"} if "edm2" not in found or has_labels else {"mar", "edm2"}
+    if not stray.isdisjoint(found) and holds_images(folder):
+        found = [name for name in found if name not in stray - {wanted}]
+    return [name for name in found if name != "edm2" or not lists_images(folder)]

@@ -1,6 +1,6 @@
 """The feature net: a small fixed classifier whose 64 features stand in for Inception's 2048.
 
-    python -m experiments.feature_net --data fashion-mnist     trains it, 2 to 6 minutes on one core
+    python -m experiments.feature_net --data DATA     trains it, 2 to 6 minutes on one core
 
 1. FID compares images by the features of a network that has seen such images. Inception has not
    seen 28x28 digits, and its 2048 x 2048 covariance needs tens of thousands of samples.
@@ -8,6 +8,8 @@
 3. The 64 numbers before the last layer are the features. The predicted class gives the class
    accuracy of samples.
 4. SHA256SUMS fixes the file: two people who report the same metric used the same network.
+5. A network belongs to its data, not to a name: that of a folder is filed under the fingerprint of
+   what the folder holds. The shipped ones are never overwritten; to train one anew, move it away.
 
     x (n, C, S, S) -> conv 16 -> conv 28, half -> conv 28 + -> conv 64, half -> conv 64 +
                    -> mean over the image = features (n, 64) -> linear -> logits (n, classes)
@@ -20,6 +22,7 @@ accuracy on them is stored in the file and is the figure to compare the accuracy
 
 import hashlib
 import math
+import re
 import sys
 import time
 from pathlib import Path
@@ -115,7 +118,8 @@ def train(images, epochs, batch=128, lr=4e-3, seed=0, log=print):
 def save(net, images, test_accuracy, folder=None):
     """Write the weights as fp16, what is needed to use them, and their checksum -> the file."""
     folder = folder or ASSETS
-    file = folder / f"{Path(images.source).name}.pt"
+    file = find_file(images.source, folder, images)
+    refuse_shipped(images.source, file)
     state = {k: v.half() for k, v in net.state_dict().items() if v.is_floating_point()}
     content = dict(state=state, source=file.stem, channels=images.channels, size=images.size,
                    classes=images.classes, accuracy=test_accuracy)
@@ -124,6 +128,20 @@ def save(net, images, test_accuracy, folder=None):
     lines = "".join(f"{sums[k]}  {k}\n" for k in sorted(sums))
     write_atomic(folder / "SHA256SUMS", lambda f: f.write(lines.encode()))
     return file
+
+
+def find_file(source, folder, images=None):
+    """Where the feature net of a source is. images: its training split, if it is loaded already."""
+    if source in data.NAMED:
+        return folder / f"{source}.pt"
+    name = re.sub(r"[^\w.-]", "_", Path(source).expanduser().resolve().name)
+    return folder / f"{name}-{(images or data.load(source)).fingerprint[:12]}.pt"
+
+
+def refuse_shipped(source, file):
+    if source in data.NAMED and file.exists():
+        raise UserError(f"{file}: is there already, and metrics that were measured with it could "
+                        "no longer be compared; move it away to train another")
 
 
 def read_sums(folder):
@@ -137,7 +155,7 @@ def load(source, folder=None):
     """The feature net of a data set -> the network in eval mode, and {"accuracy", "size",
     "channels", "classes", "source"}. Raises UserError if there is none or its checksum differs."""
     folder = folder or ASSETS
-    file = folder / f"{Path(source).name}.pt"
+    file = find_file(source, folder)
     if not file.exists():
         known = ", ".join(sorted(read_sums(folder))) or "none"
         raise UserError(f"{file.name}: no feature net for this data (there are: {known}); train "
@@ -159,6 +177,7 @@ def main(argv):
     images, test = (data.load(args.data, split, size=args.size) for split in ("train", "test"))
     if images.latent:
         raise UserError(f"{args.data} holds latents; the feature net looks at images")
+    refuse_shipped(args.data, find_file(args.data, ASSETS, images))
     print(images.describe())
     net = train(images, args.epochs)
     net.load_state_dict({k: v.half().float() if v.is_floating_point() else v

@@ -35,10 +35,10 @@ import torch
 
 import data
 import sample
-from common.checkpoint import load_model
 from common.cli import Parser, UserError, number, run_program
-from common.distributed import select_device, tune_malloc
+from common.distributed import select_device, tune_device
 from common.files import write_json
+from common.sampling import add_model_options, choose_cfg, choose_clip, load_sampler
 from experiments import feature_net
 
 LIMIT = 1 << 30                                 # bytes that an npz may always unpack to
@@ -115,7 +115,7 @@ def validation_loss(model, diffusion, held_out, n=1000, seed=0):
         x0, y = held_out.batch(ids[rows])
         t = diffusion.from_uniform(u[rows].clamp(max=1 - 1e-6))
         loss, _ = diffusion.mse(model, *(v.to(device) for v in (x0, y, t, noise[rows])))
-        losses.append(loss.double().cpu())
+        losses.append(loss.cpu().double())              # MPS has no float64
     model.train(was_training)
     losses, tenth = torch.cat(losses), (10 * u).long().clamp(max=9)             # (n,) each
     bins = [losses[tenth == i].mean().item() if (tenth == i).any() else None for i in range(10)]
@@ -172,6 +172,8 @@ def to_images(samples, channels):
     if samples.ndim != 4 or not len(samples):
         raise UserError(f"samples must have 4 dimensions, not shape {tuple(samples.shape)}")
     if samples.dtype != torch.uint8:
+        if not samples.isfinite().all():
+            raise UserError("the samples hold NaN or infinity")
         return samples.float().clamp(-1, 1)
     if samples.shape[-1] != 3:
         raise UserError(f"uint8 samples must be (N, S, S, 3), not {tuple(samples.shape)}")
@@ -236,23 +238,29 @@ def fidelity(file, reference, device):
 def from_checkpoint(args):
     """Draw samples and measure the validation loss -> samples, labels, source, loss; of a model of
     latents the loss alone."""
-    tune_malloc()
-    model, diffusion, checkpoint = load_model(args.file, args.weights, args.device)
+    tune_device(torch.device(args.device))
+    model, diffusion, checkpoint = load_sampler(args.file, args, args.device)
     if args.solver and args.solver not in diffusion.solvers:
         raise UserError(f"--solver {args.solver}: this checkpoint has "
                         f"{', '.join(diffusion.solvers)}")
     if not model.cfg.classes:
         raise UserError(f"{args.file} was trained without classes: there is no class to ask for")
-    if args.data and args.data != checkpoint["data"]["source"]:
-        checkpoint["data"] = dict(source=args.data)
+    about = checkpoint["data"]
+    if args.data and args.data != about["source"]:      # the same data elsewhere, or others
+        same = data.load(args.data).fingerprint == about.get("fingerprint")
+        checkpoint["data"] = dict(about if same else {}, source=args.data)
     held_out, source = data.held_out(checkpoint), checkpoint["data"]["source"]
     loss = validation_loss(model, diffusion, held_out)
     if held_out.latent:
         return None, None, source, loss
     load_net(source)                                # fails now, not after the slow part
     labels = torch.arange(args.n) % held_out.classes
+    args.cfg, *notes = choose_cfg(args.cfg, checkpoint)
+    if notes:
+        print(*notes, sep="\n")
     samples = sample.generate(model, diffusion, labels, seed=args.seed, steps=args.steps,
-                              solver=args.solver, cfg=args.cfg)
+                              solver=args.solver, cfg=args.cfg, amp=args.amp,
+                              clip_x0=choose_clip(args, model, checkpoint))
     return samples.cpu(), labels, source, loss
 
 
@@ -301,12 +309,12 @@ def main(argv):
     p.add_argument("file", help="checkpoint of train.py, or npz of sample.py")
     p.add_argument("--data", help="the data set to compare with (default: the checkpoint's)")
     p.add_argument("--n", type=number(int, 4, 10**6), default=2000, help="how many samples")
-    p.add_argument("--cfg", type=number(float, 0), default=2.0, help="guidance scale")
+    p.add_argument("--cfg", type=number(float, 0), help="guidance scale (2; 1 after --drop 0)")
     p.add_argument("--steps", type=count, default=25)
     p.add_argument("--solver", help="as in sample.py")
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
-    p.add_argument("--weights", choices=["ema", "raw"], default="ema")
     p.add_argument("--device", default="cpu")
+    add_model_options(p)
     p.add_argument("--json", help="write the numbers there as well")
     p.add_argument("--fidelity", metavar="REF", help="of an npz: FID and IS against this npz or "
                    "folder, without the feature net (pip install torch-fidelity)")

@@ -8,9 +8,11 @@ import json
 import multiprocessing
 import os
 import pickle
+import re
 import struct
 import sys
 import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -19,8 +21,11 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import run_cli, smallest_run
+
+import train as program
 from common.cli import UserError
-from data import cifar10, digits, encode, folder, latents, load
+from data import cifar10, digits, encode, folder, held_out, latents, load, split_rows
 
 
 class FixedRNG:
@@ -197,21 +202,85 @@ def test_a_batch_of_images_is_fetched_as_bytes_and_decoded_to_floats(tmp_path, m
 # ------------------------------------------------------------------------------------ image folders
 
 def write_images(root, n=6, side=(20, 30), classes=("cat", "dog")):
+    step = 100 if len(classes) < 3 else 40                  # of the grey between two classes
     for i, name in enumerate(classes):
         (root / name).mkdir(parents=True)
         for j in range(n):
-            grey = np.full((*side, 3), 100 * i + 10 * j, np.uint8)
+            grey = np.full((*side, 3), step * i + step // 10 * j, np.uint8)
             Image.fromarray(grey).save(root / name / f"{j}.png")
 
 
-def test_an_image_folder_has_one_class_per_sub_folder_and_holds_out_every_tenth(tmp_path):
+def names_of(some):
+    """The file names of the images of a split."""
+    return {some.listing[row] for row in some.rows}
+
+
+def test_an_image_folder_has_one_class_per_sub_folder(tmp_path):
     write_images(tmp_path, 10)
     train, test = load(tmp_path, size=8), load(tmp_path, "test", size=8)
     assert (train.names, train.channels, train.size, train.flips) == (["cat", "dog"], 3, 8, True)
-    assert len(train) == 18 and test.labels.tolist() == [0, 1]
-    x, y = test.batch(torch.arange(2))
-    assert pixels(x)[:, 0, 0, 0].tolist() == [90, 190] and y.tolist() == [0, 1]
     assert load(tmp_path).size == 64
+    for some in (train, test):
+        x, y = some.batch(torch.arange(len(some)))
+        files = [some.listing[row].split("/") for row in some.rows]
+        assert [["cat", "dog"].index(name) for name, _ in files] == y.tolist()
+        assert pixels(x)[:, 0, 0, 0].tolist() == [
+            100 * i + 10 * int(file[0]) for i, (_, file) in zip(y.tolist(), files)]
+    assert not names_of(train) & names_of(test) and len(names_of(train) | names_of(test)) == 20
+
+
+def splits(root, **options):
+    """-> the names in both splits, without reading more than a listing."""
+    listing, labels, _, _ = folder.list_images(root, root)
+    found = dict(labels=labels, listing=listing)
+    train = {listing[i] for i in split_rows("x", found, "train", **options)}
+    return train, set(listing) - train
+
+
+def test_about_a_tenth_is_held_out_and_images_stay_on_their_side_when_others_are_added(tmp_path):
+    names = [f"{c}/{i:03}.png" for c in ("b", "d") for i in range(300)]
+    [(tmp_path / c).mkdir() for c in "bd"]
+    [(tmp_path / name).touch() for name in names]
+    train, test = splits(tmp_path)
+    assert train | test == set(names) and not train & test and 40 <= len(test) <= 80
+    assert {name[0] for name in test} == {"b", "d"}
+    (tmp_path / "a").mkdir()                                # a class before all, images in between
+    more = ["a/1.png", "a/2.png", "b/000a.png", *(f"d/{i:03}b.png" for i in range(50))]
+    [(tmp_path / name).touch() for name in more]
+    train_2, test_2 = splits(tmp_path)
+    assert train <= train_2 and test <= test_2 and train_2 | test_2 == {*names, *more}
+
+
+def test_no_class_loses_its_last_image_to_the_held_out_ones(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i}").mkdir()
+        (tmp_path / f"{i}" / "only.png").touch()
+    assert len(splits(tmp_path, share=0.9)[0]) == 30
+    with pytest.raises(UserError, match="one image only"):
+        split_rows("x", dict(labels=list(range(30))), "test")
+    for i in range(30):
+        (tmp_path / f"{i}" / "two.png").touch()
+    train, test = splits(tmp_path, share=0.999)
+    assert len(test) == 30 and {name.split("/")[0] for name in train} == {str(i) for i in range(30)}
+
+
+def test_at_least_one_image_is_held_out_or_none_when_asked(tmp_path):
+    one, few = dict(labels=[0]), dict(labels=[0, 0])
+    assert split_rows("x", one, "train").tolist() == [0]
+    assert len(split_rows("x", few, "train")) == len(split_rows("x", few, "test")) == 1
+    write_images(tmp_path, 10)
+    assert len(load(tmp_path, size=8, hold_out=0)) == 20
+    with pytest.raises(UserError, match="--hold-out is 0"):
+        load(tmp_path, "test", size=8, hold_out=0)
+    assert 4 <= len(load(tmp_path, size=8, hold_out=0.5)) <= 16
+    with pytest.raises(UserError, match="own test split"):
+        load(tmp_path, size=8, hold_out=0.5) and load("digits", hold_out=0.5)
+
+
+@pytest.mark.parametrize("n, share", [(49_999, 0.1), (50_000, 0.05), (1_281_167, 0.1 / 32)])
+def test_of_many_images_at_most_some_five_thousand_are_held_out(n, share):
+    test = split_rows("x", dict(labels=torch.zeros(n, dtype=torch.int64)), "test")
+    assert abs(len(test) - share * n) < 5 * (share * n) ** 0.5 and len(test) < 5_300
 
 
 def test_a_folder_with_train_and_val_has_its_own_test_split(tmp_path):
@@ -222,6 +291,84 @@ def test_a_folder_with_train_and_val_has_its_own_test_split(tmp_path):
     write_images(tmp_path / "val", 1, classes=["cow"])
     with pytest.raises(UserError, match="cow.*no class"):
         load(tmp_path, "test", size=8)
+
+
+@pytest.mark.parametrize("train, test", [
+    ("Train", "Test"), ("training", "testing"), ("train", "valid"), ("TRAIN", "Validation")])
+def test_splits_are_recognised_in_the_usual_spellings(tmp_path, train, test):
+    write_images(tmp_path / train, 3)
+    write_images(tmp_path / test, 2)
+    (tmp_path / "papers").mkdir()
+    some = load(tmp_path, size=8)
+    assert some.names == ["cat", "dog"] and len(some) == 6 and "not used: papers" in some.note
+    assert len(load(tmp_path, "test", size=8)) == 4
+
+
+def test_a_train_folder_alone_is_looked_into_and_one_among_others_is_a_class(tmp_path):
+    write_images(tmp_path / "one" / "train", 12)
+    train, test = load(tmp_path / "one", size=8), load(tmp_path / "one", "test", size=8)
+    assert train.names == ["cat", "dog"] and len(train) + len(test) == 24 and len(test)
+    write_images(tmp_path / "two", 3, classes=["car", "train", "tram"])
+    assert load(tmp_path / "two", size=8).names == ["car", "train", "tram"]
+
+
+def test_class_folders_are_in_natural_order(tmp_path):
+    write_images(tmp_path, 2, side=(8, 8), classes=[str(i) for i in (10, 2, 0, 1, 11)])
+    some = load(tmp_path, size=8, hold_out=0)
+    assert some.names == ["0", "1", "2", "10", "11"]
+    x, y = some.batch(torch.arange(10))
+    order = [10, 2, 0, 1, 11]                               # as they were written, by brightness
+    assert [order.index(int(some.names[i])) for i in y] == (pixels(x)[:, 0, 0, 0] // 40).tolist()
+    assert folder.natural("a10b2") > folder.natural("a9b10") and folder.natural("x") == (["x"], "x")
+
+
+def test_a_checkpoint_keeps_its_own_order_of_the_classes(tmp_path):
+    write_images(tmp_path, 10, side=(8, 8), classes=["2", "10", "1"])
+    config = dict(size=8, channels=3, classes=3)
+    old = dict(source=str(tmp_path), names=["1", "10", "2"])            # as text sorts them
+    some = held_out(dict(data=old, config=config))
+    x, y = some.batch(torch.arange(len(some)))
+    assert [["2", "10", "1"].index(old["names"][i]) for i in y] == (
+        pixels(x)[:, 0, 0, 0] // 40).tolist()
+    with pytest.raises(UserError, match="classes are no longer"):
+        held_out(dict(data=dict(old, names=["1", "2", "3"]), config=config))
+
+
+def test_what_is_no_image_of_a_class_is_ignored_and_counted(tmp_path):
+    write_images(tmp_path, 6)
+    here = {"cat/._0.png": 0, "__MACOSX/x.png": 0, ".git/x.png": 0, "cat/__MACOSX/y.png": 0,
+            "dog/.thumbs/z.png": 0, "loose.png": 0, "README": 0, "cat/notes.txt": 0,
+            "dog/deep/a.gif": 0, "dog/deep/b.gif": 0, "dog/c": 0}
+    for name in here:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"no image")
+    (tmp_path / "dog" / "more").symlink_to(tmp_path / "cat")
+    some = load(tmp_path, size=8, hold_out=0)
+    assert some.names == ["cat", "dog"] and len(some) == 12
+    assert len(some.batch(torch.arange(12))[0]) == 12
+    assert some.describe().endswith("ignored: 2 .gif, 1 .txt, 1 linked folders, "
+                                    "1 outside the class folders, 1 without ending")
+
+
+def test_png_folders_of_edm_are_read_with_their_labels(tmp_path):
+    (tmp_path / "00000").mkdir()
+    rows = [[f"00000/img{i:08}.png", i % 3] for i in range(12)]
+    for i, (name, _) in enumerate(rows):
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / name)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": rows}))
+    some = load(tmp_path, size=8, hold_out=0)
+    x, y = some.batch(torch.arange(12))
+    assert some.classes == 3 and y.tolist() == [label for _, label in rows]
+    assert pixels(x)[:, 0, 0, 0].tolist() == list(range(12)) and not some.latent
+
+
+def test_a_stray_file_does_not_make_latents_of_images(tmp_path):
+    write_images(tmp_path, 3, classes=["x_features", "dog"])
+    np.savez(tmp_path / "dog" / "statistics.npz", mu=np.zeros(3))
+    (tmp_path / "dataset.json").write_text('{"images": []}')
+    some = load(tmp_path, size=8)
+    assert some.names == ["dog", "x_features"] and not some.latent
+    assert "1 .npz" in some.describe()
 
 
 def test_the_crop_is_the_centre_of_the_image_scaled_to_its_shorter_side(tmp_path):
@@ -245,6 +392,74 @@ def test_the_crop_halves_by_boxes_and_then_scales_bicubically(tmp_path):
     Image.fromarray(edge).save(tmp_path / "edge.png")
     crop = folder.center_crop(tmp_path / "edge.png", 12)
     assert 90 < crop.min() < 100 and 150 < crop.max() < 160             # a cubic overshoots
+
+
+def test_transparent_images_are_seen_on_white(tmp_path):
+    """And not in the colours that an editor has left below the alpha."""
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    rgba[:, 4:] = 10, 20, 30, 255
+    rgba[:, :2] = 255, 0, 0, 0
+    rgba[:, 2:4] = 0, 0, 0, 128
+    image = Image.fromarray(rgba)
+    for kind in ("PNG", "WEBP", "TIFF"):
+        image.save(tmp_path / f"1.{kind}", lossless=True)
+        crop = folder.center_crop(tmp_path / f"1.{kind}", 8)
+        assert (crop[:, 4:] == [10, 20, 30]).all() and (crop[:, :2] == 255).all()
+        assert np.abs(crop[:, 2:4].astype(int) - 127).max() <= 1
+    grey = Image.fromarray(np.stack([rgba[..., 1], rgba[..., 3]], -1))          # LA
+    grey.save(tmp_path / "2.png")
+    assert folder.center_crop(tmp_path / "2.png", 8)[0, [0, 7], 0].tolist() == [255, 20]
+    palette = Image.new("P", (8, 8), 3)
+    palette.putpalette([0] * 9 + [9, 9, 9])
+    palette.save(tmp_path / "3.png", transparency=3)
+    assert (folder.center_crop(tmp_path / "3.png", 8) == 255).all()
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_images_are_turned_as_exif_says(tmp_path, kind):
+    upright = np.full((16, 16, 3), 200, np.uint8)
+    upright[:8, :8], upright[8:, :8] = 20, 90               # three quarters tell all eight apart
+    a = np.asarray
+    stored = {1: a(upright), 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
+              5: upright.transpose(1, 0, 2), 6: np.rot90(upright, 1),
+              7: upright[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(upright, -1)}
+    for number, pixels_of in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = number
+        options = dict(quality=95) if kind == "JPEG" else dict(lossless=True)
+        Image.fromarray(np.ascontiguousarray(pixels_of)).save(tmp_path / "1", kind, exif=exif,
+                                                              **options)
+        crop = folder.center_crop(tmp_path / "1", 16).astype(int)
+        assert np.abs(crop - upright).max() < 12, number
+
+
+def png_of_16_bits(values):
+    """(h, w), or (h, w, 3) or (h, w, 4) in colour, which Pillow cannot write."""
+    chunk = lambda name, raw: struct.pack(">I", len(raw)) + name + raw + struct.pack(
+        ">I", zlib.crc32(name + raw))
+    kind = 0 if values.ndim == 2 else {3: 2, 4: 6}[values.shape[-1]]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IDAT", zlib.compress(rows)).join([chunk(
+        b"IHDR", struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)),
+        chunk(b"IEND", b"")]))
+
+
+@pytest.mark.parametrize("bits", [8, 12, 16])
+@pytest.mark.parametrize("channels", [(), (3,), (4,)])
+def test_16_bit_files_that_hold_fewer_bits_are_scaled_to_their_range(tmp_path, bits, channels):
+    (tmp_path / "cat").mkdir()
+    values = np.random.default_rng(0).integers(0, 1 << bits, (5, 8, 8, *channels))
+    values[0] //= 100                                       # a dark image stays a dark one
+    values[1].flat[0] = (1 << bits) - 1
+    if channels == (4,):
+        values[..., 3] = 65535                              # opaque
+    for i, one in enumerate(values):
+        (tmp_path / "cat" / f"{i}.png").write_bytes(png_of_16_bits(one))
+    some = load(tmp_path, size=8, hold_out=0)
+    seen = pixels(some.batch(torch.arange(5))[0]).transpose(0, 2, 3, 1)
+    assert f"16-bit files hold {bits} bits" in some.describe()
+    expected = values[..., :3] if channels else values[..., None]
+    assert np.array_equal(seen, np.broadcast_to(expected >> bits - 8, seen.shape))
 
 
 def test_unusual_images_are_read_for_what_they_show(tmp_path):
@@ -325,7 +540,7 @@ def test_every_latent_layout_gives_the_scaled_mean_and_the_right_label(tmp_path,
     write(tmp_path / "latents")
     train, test = load(tmp_path / "latents"), load(tmp_path / "latents", "test")
     assert (train.channels, train.size, train.classes, train.latent) == (C, S, 3, True)
-    assert len(train) == N - 1 and len(test) == 1
+    assert len(train) + len(test) == N and len(test)
     for some in (train, test):
         x, y = some.batch(torch.arange(len(some)))
         assert x.dtype == torch.float32
@@ -338,7 +553,7 @@ def test_every_latent_layout_gives_the_scaled_mean_and_the_right_label(tmp_path,
 def test_moments_are_sampled_anew_in_training(tmp_path, layout):
     write, scale = WRITE[layout]
     write(tmp_path / "latents")
-    some, ids = load(tmp_path / "latents"), torch.arange(N - 1)
+    some, ids = load(tmp_path / "latents", hold_out=0), torch.arange(N - 1)
     mean = some.batch(ids)[0]
     up, down = (some.batch(ids, FixedRNG(N - 1, 0.9, z))[0] for z in (1.0, -1.0))
     assert torch.allclose(up + down, 2 * mean, atol=1e-3)                       # mean +- std
@@ -350,7 +565,7 @@ def test_moments_are_sampled_anew_in_training(tmp_path, layout):
                                            ("fast-dit", False)])
 def test_latents_are_mirrored_only_where_the_mirrored_image_was_encoded(tmp_path, layout, flips):
     WRITE[layout][0](tmp_path / "latents")
-    some, ids = load(tmp_path / "latents"), torch.arange(N - 1)
+    some, ids = load(tmp_path / "latents", hold_out=0), torch.arange(N - 1)
     x = some.batch(ids)[0]
     seen = some.batch(ids, FixedRNG(N - 1, uniform=0.2, normal=0.0))[0]
     assert some.flips == flips and torch.allclose(seen, x.flip(-1) if flips else x, atol=1e-3)
@@ -366,7 +581,7 @@ def test_latents_are_fetched_in_their_stored_precision_and_one_variant_only(tmp_
 
 def test_native_latents_may_also_be_plain_samples_and_stay_on_disk(tmp_path):
     write_native(tmp_path / "a", BOTH[:, :C], kind="samples", scale=0.2)
-    x = load(tmp_path / "a").batch(torch.arange(3), FixedRNG(3))[0]
+    x = load(tmp_path / "a", hold_out=0).batch(torch.arange(3), FixedRNG(3))[0]
     assert np.allclose(x, MEAN[:3] * 0.2, atol=1e-5)
     assert isinstance(latents.read_array(tmp_path / "a" / "latents.npy"), np.memmap)
 
@@ -440,6 +655,137 @@ def test_latents_are_described_channel_by_channel_and_an_odd_scale_is_a_warning(
     assert about["warning"] is None and np.allclose(about["std"], 1, atol=0.2)
 
 
+# ------------------------------------------------------------------------------ a run and its data
+
+def train(out, source, *options, steps=2, code=0):
+    """Train the smallest model on a folder of images or latents -> stdout, stderr."""
+    argv = smallest_run(out, "--data", source, "--steps", steps, *options)
+    return run_cli(program, *argv, code=code)
+
+
+IMAGES = ("--image-size", 14)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of two steps on 20 images, and its data."""
+    write_images(tmp_path / "in", 10, side=(14, 14))
+    train(tmp_path / "out", tmp_path / "in", *IMAGES)
+    return tmp_path / "out", tmp_path / "in"
+
+
+def resumed(run, source, *options, code=0):
+    return train(run[0], source, *IMAGES, *options, "--resume", steps=3, code=code)
+
+
+def test_resume_accepts_a_folder_that_has_moved(run, tmp_path):
+    os.rename(run[1], tmp_path / "elsewhere")
+    resumed(run, tmp_path / "elsewhere")
+    about = torch.load(run[0] / "last.pt", weights_only=True)
+    assert about["step"] == 3 and about["data"]["source"] == str(tmp_path / "elsewhere")
+
+
+def rename_a_class(root):
+    os.rename(root / "dog", root / "ape")
+
+
+def add_an_image(root):
+    Image.new("RGB", (14, 14)).save(root / "cat" / "more.png")
+
+
+def rename_an_image(root):
+    os.rename(root / "cat" / "0.png", root / "cat" / "00.png")
+
+
+def move_an_image(root):
+    os.rename(root / "cat" / "0.png", root / "dog" / "0a.png")
+
+
+def replace_all(root):
+    for file in root.rglob("*.png"):
+        file.write_bytes(file.read_bytes() + b"1")
+
+
+@pytest.mark.parametrize("change, word", [
+    (rename_a_class, "classes.*dog.*ape"), (add_an_image, "number of training images"),
+    (rename_an_image, "other names"), (move_an_image, "other names|number of"),
+    (replace_all, "20 of 20 files.*another size")])
+def test_resume_refuses_data_that_have_changed(run, change, word):
+    change(run[1])
+    _, error = resumed(run, run[1], code=2)
+    assert re.search(word, error) and "change --out" in error
+
+
+def test_resume_goes_on_with_the_share_that_is_held_out_and_refuses_another(tmp_path):
+    write_images(tmp_path / "in", 10, side=(14, 14))
+    run = tmp_path / "out", tmp_path / "in"
+    assert "20 images" in train(*run, *IMAGES, "--hold-out", 0)[0]
+    assert "20 images" in resumed(run, run[1])[0]
+    assert "--hold-out" in resumed(run, run[1], "--hold-out", 0.3, code=2)[1]
+    about = torch.load(run[0] / "last.pt", weights_only=True)
+    assert about["data"]["hold_out"] == 0
+    with pytest.raises(UserError, match="--hold-out is 0"):
+        held_out(about)
+
+
+def test_an_older_checkpoint_without_a_fingerprint_can_be_resumed(run):
+    about = torch.load(run[0] / "last.pt", weights_only=True)
+    for key in ("fingerprint", "sizes", "count", "hold_out", "kind", "scale", "shift"):
+        del about["data"][key]
+    torch.save(about, run[0] / "last.pt")
+    resumed(run, run[1])
+    assert "fingerprint" in torch.load(run[0] / "last.pt", weights_only=True)["data"]
+    torch.save(about, run[0] / "last.pt")
+    os.rename(run[1] / "dog", run[1] / "fox")
+    assert "classes" in resumed(run, run[1], code=2)[1]
+
+
+@pytest.mark.parametrize("change, word", [
+    (dict(scale=0.3), "scale of the latents"), (dict(kind="samples"), "kind of latents|channels"),
+    (dict(shift=0.1), "shift of the latents"), (dict(labels=LABELS[::-1]), "labels"),
+    (dict(array=BOTH * 1.1), "other names or labels"), (dict(), None)])
+def test_resume_refuses_latents_of_another_scale_kind_or_content(tmp_path, change, word):
+    write_native(tmp_path / "in", BOTH)
+    train(tmp_path / "out", tmp_path / "in", "--set", "patch=4")
+    write_native(tmp_path / "in", **dict(dict(array=BOTH), **change))
+    _, error = train(tmp_path / "out", tmp_path / "in", "--set", "patch=4", "--resume",
+                     steps=3, code=2 if word else 0)
+    assert not word or re.search(word, error)
+
+
+def test_resume_refuses_another_latent_kind_and_remembers_its_own(tmp_path):
+    write_edm2(tmp_path / "in", stem="img")
+    source, patch = (tmp_path / "out", tmp_path / "in"), ("--set", "patch=4")
+    train(*source, *patch, "--latent-kind", "mean-std")
+    for steps in (3, 4):                                    # also when resumed twice without it
+        train(*source, *patch, "--resume", steps=steps)
+    _, error = train(*source, *patch, "--resume", "--latent-kind", "mean-logvar", steps=5, code=2)
+    assert "kind of latents" in error
+
+
+@pytest.mark.parametrize("model", ["dit", "racedit"])
+def test_an_image_that_breaks_ends_the_run_after_a_save_and_can_be_replaced(tmp_path, model):
+    write_images(tmp_path / "in", 10, side=(14, 14))
+    some = load(tmp_path / "in", size=14)
+    at = next(step for step in range(2, 9) if 0 not in program.shuffled_ids(len(some), 0, 0, 4))
+    ids = program.shuffled_ids(len(some), 0, 0, 4 * at)
+    bad = next(i for i in program.shuffled_ids(len(some), 0, 4 * at, 4 * at + 4) if i not in ids)
+    file = tmp_path / "in" / some.listing[some.rows[bad]]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:60])
+    run = tmp_path / "out", tmp_path / "in"
+    _, error = train(*run, *IMAGES, "--model", model, steps=9, code=2)
+    assert str(file) in error and f"step {at} is saved" in error and "--resume" in error
+    assert torch.load(run[0] / "last.pt", weights_only=True)["step"] == at
+    _, error = train(*run, *IMAGES, "--model", model, "--resume", steps=9, code=2)
+    assert "is saved" not in error                          # nothing new was learned
+    file.write_bytes(whole)
+    train(*run, *IMAGES, "--model", model, "--resume", steps=9)
+    train(tmp_path / "whole", run[1], *IMAGES, "--model", model, steps=9)
+    a, b = (torch.load(out / "last.pt", weights_only=True) for out in (run[0], tmp_path / "whole"))
+    assert all(torch.equal(a["model"][k], b["model"][k]) for k in a["model"])
+
+
 # ------------------------------------------------------------------------------------------- encode
 
 class TinyVAE:
@@ -487,6 +833,28 @@ def test_encode_writes_images_and_mirror_images_and_load_reads_them(folders):
     assert (some.channels, some.size, some.names, some.scale) == (3, 2, ["a", "b"], 0.5)
     x = some.batch([0], FixedRNG(1, uniform=0.9))[0]
     assert torch.allclose(x[0, 0, 0, 0], torch.tensor((-1 + 0.1) * 0.5), atol=1e-3)     # mean + std
+
+
+@pytest.mark.parametrize("size", [12, 18, 30])
+def test_encode_refuses_a_size_that_would_come_back_smaller(folders, size):
+    with pytest.raises(UserError, match=f"--size {size}.*multiple of 8"):
+        encode.encode(*folders, TinyVAE(), "tiny", size=size)
+    assert not folders[1].exists()
+
+
+def test_encode_sees_images_as_training_does(tmp_path):
+    """Transparent pixels, 12-bit values, dataset.json, ignored files."""
+    (tmp_path / "in" / "00000").mkdir(parents=True)
+    values = np.full((16, 16), 4095)
+    (tmp_path / "in" / "00000" / "a.png").write_bytes(png_of_16_bits(values))
+    (tmp_path / "in" / "00000" / "b.png").write_bytes(png_of_16_bits(values // 300))
+    (tmp_path / "in" / "00000" / "._b.png").write_bytes(b"")
+    rows = [["00000/b.png", 2], ["00000/a.png", 0]]
+    (tmp_path / "in" / "dataset.json").write_text(json.dumps({"labels": rows}))
+    encode.encode(tmp_path / "in", tmp_path / "out", TinyVAE(), "tiny", size=16)
+    array, labels = np.load(tmp_path / "out" / "latents.npy"), np.load(tmp_path / "out/labels.npy")
+    assert labels.tolist() == [2, 0] and load(tmp_path / "out", hold_out=0).classes == 3
+    assert np.allclose(array[:, 0, :3].mean((1, 2, 3)), [-1, 1], atol=1e-3)
 
 
 def test_an_interrupted_encode_resumes_where_it_was(folders):

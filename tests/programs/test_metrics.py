@@ -3,6 +3,8 @@ says, and the command line."""
 
 import json
 import math
+import os
+import shutil
 import sys
 import types
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from helpers import run_cli, write_model
+from PIL import Image
 
 import sample
 from common.cli import UserError
@@ -160,23 +163,63 @@ def test_a_feature_net_with_one_changed_byte_is_an_error(tmp_path):
     (tmp_path / "digits.pt").write_bytes(raw)
     with pytest.raises(UserError, match="checksum"):
         feature_net.load("digits", tmp_path)
-    with pytest.raises(UserError, match="python -m experiments.feature_net --data nothing"):
-        feature_net.load("nothing", tmp_path)
+    with pytest.raises(UserError, match="python -m experiments.feature_net --data mnist"):
+        feature_net.load("mnist", tmp_path)
 
 
 def test_a_feature_net_survives_saving_in_half_precision(tmp_path, held_out):
     class Few:                                              # 512 images of the test split
-        channels, classes, flips, source, size = 1, 10, True, "few", 28
+        channels, classes, flips, source, size = 1, 10, True, "mnist", 28
         batch, __len__ = staticmethod(held_out.batch), lambda self: 512
 
     log = []
     net = feature_net.train(Few(), epochs=2, batch=64, log=log.append)
     assert len(log) == 2
     path = feature_net.save(net, Few(), 0.5, tmp_path)
-    again, about = feature_net.load("few", tmp_path)
+    again, about = feature_net.load("mnist", tmp_path)
     x = held_out.batch(torch.arange(8))[0]
     assert about["accuracy"] == 0.5 and path.stat().st_size < 150_000
     assert torch.allclose(net.eval()(x)[0], again(x)[0], atol=1e-2)     # fp16 in the file
+
+
+def write_digits(root, shift, n=4):
+    """IDX files of a set that is no copy of any other -> its folder."""
+    root.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        labels = (np.arange(n) + shift).astype(np.uint8) % 3
+        images = np.zeros((n, 8, 8), np.uint8)
+        for name, array in (("images-idx3", images), ("labels-idx1", labels)):
+            head = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes()
+            (root / f"{part}-{name}-ubyte").write_bytes(head + array.tobytes())
+    return root
+
+
+def test_a_feature_net_belongs_to_its_data_and_not_to_the_name_of_a_folder(tmp_path, monkeypatch):
+    """my pics/ of two people are two data sets, and a folder called digits is not `digits`."""
+    shutil.copytree(feature_net.ASSETS, tmp_path / "assets")
+    monkeypatch.setattr(feature_net, "ASSETS", tmp_path / "assets")
+    shipped = feature_net.load("digits")[1]["accuracy"]
+    sources = [write_digits(tmp_path / where, i) for i, where in enumerate(
+        ("a/my pics", "b/my pics", "c/digits"))]
+    for i, source in enumerate(sources):
+        images = load(source)
+        net = feature_net.FeatureNet(images.channels, images.classes)
+        feature_net.save(net, images, i / 10)
+    assert [feature_net.load(source)[1]["accuracy"] for source in sources] == [0, 0.1, 0.2]
+    assert feature_net.load("digits")[1]["accuracy"] == shipped
+    os.rename(tmp_path / "a", tmp_path / "d")               # the same data at another place
+    assert feature_net.load(tmp_path / "d" / "my pics")[1]["accuracy"] == 0
+    with pytest.raises(UserError, match="no feature net"):
+        feature_net.load(write_digits(tmp_path / "e" / "my pics", 0, n=5))
+
+
+def test_a_shipped_feature_net_is_never_overwritten(monkeypatch):
+    monkeypatch.setattr(feature_net, "train", lambda *a: pytest.fail("trained for nothing"))
+    before = (feature_net.ASSETS / "SHA256SUMS").read_bytes()
+    assert "is there already" in run_cli(feature_net, "--data", "digits", code=2)[1]
+    with pytest.raises(UserError, match="is there already"):
+        feature_net.save(feature_net.FeatureNet(1, 10), load("digits", "test"), 0.5)
+    assert (feature_net.ASSETS / "SHA256SUMS").read_bytes() == before
 
 
 def test_shifting_moves_an_image_and_repeats_its_border():
@@ -236,6 +279,20 @@ def test_a_checkpoint_is_sampled_and_its_loss_is_measured(tmp_path):
     assert "euler, heun" in run_cli(metrics, file, "--solver", "ddim", code=2)[1]
     write_model(file, "dit", classes=0, **fields)
     assert "without classes" in run_cli(metrics, file, code=2)[1]
+
+
+def test_the_data_of_a_checkpoint_are_recognised_at_another_place(tmp_path):
+    """Else images that it has trained on would count as held out."""
+    for i in range(20):
+        (tmp_path / "in" / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, i, i)).save(tmp_path / "in" / f"{i % 2}" / f"{i}.png")
+    images = load(tmp_path / "in", size=8, hold_out=0)
+    write_model(tmp_path / "dit.pt", "dit", channels=3, classes=2)
+    content = torch.load(tmp_path / "dit.pt", weights_only=True)
+    torch.save(content | {"data": images.about()}, tmp_path / "dit.pt")
+    os.rename(tmp_path / "in", tmp_path / "there")
+    _, error = run_cli(metrics, tmp_path / "dit.pt", "--data", tmp_path / "there", code=2)
+    assert "--hold-out is 0" in error
 
 
 @pytest.mark.parametrize("arrays, word", [

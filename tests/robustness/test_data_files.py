@@ -21,23 +21,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, run_cli
+from helpers import ROOT, Evil, run_cli
 from PIL import Image
 
 from common.cli import UserError
 from data import cifar10, encode, idx, latents, load
 
-
-@pytest.fixture(autouse=True)
-def no_pickle_has_run_code(tmp_path, monkeypatch):
-    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
-    yield
-    assert not (tmp_path / "mark").exists()
-
-
-class Evil:
-    def __reduce__(self):
-        return os.system, (f"touch {os.environ['MARK']}",)
+pytestmark = pytest.mark.usefixtures("no_pickle_has_run_code")
 
 
 def read_all(source, **options):
@@ -71,6 +61,8 @@ def test_an_unknown_source_split_kind_or_size_is_refused_by_name(tmp_path):
     refused(tmp_path / "file", "a file, not a folder")
     refused(write_idx(tmp_path / "idx"), "8x8", "--image-size", size=32)
     refused("digits", "valid", split="valid")
+    for share in (-0.1, 1, float("nan")):
+        refused(write_images(tmp_path / f"{share}"), "--hold-out", hold_out=share)
     refused(tmp_path, "nonsense", "native", latent_kind="nonsense")
 
 
@@ -255,6 +247,42 @@ def test_an_empty_class_and_a_folder_without_classes_are_refused(tmp_path):
     refused(tmp_path / "in" / "empty", "one sub-folder per class")
 
 
+@pytest.mark.parametrize("folders", [
+    ["valid", "test"], ["train", "Training"], ["test"], ["val", "test", "car"], ["train", "TEST"]])
+def test_class_folders_that_look_like_splits_are_refused_with_what_to_do(tmp_path, folders):
+    for name in folders:
+        (tmp_path / name).mkdir()
+        Image.fromarray(noise(12, 12, 3)).save(tmp_path / name / "0.png")
+    looks = [name for name in folders if name != "car"]
+    where = tmp_path / "train" if folders[1:] == ["TEST"] else tmp_path
+    refused(tmp_path, where, "sub-folder per class", *(looks if where == tmp_path else []))
+    if where == tmp_path:
+        with pytest.raises(UserError, match="look like splits"):
+            encode.encode(tmp_path, tmp_path / "out", torch.nn.Identity(), "tiny")
+
+
+def test_a_folder_below_a_class_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    root, scandir = write_images(tmp_path / "in"), os.scandir
+    (root / "cat" / "locked").mkdir()
+
+    def locked(folder):
+        if str(folder).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scandir(folder)
+    monkeypatch.setattr(os, "scandir", locked)
+    refused(root, "locked", "Permission denied")
+
+
+def test_an_odd_dataset_json_beside_images_is_refused_by_name(tmp_path):
+    for text, word in (('{"labels": null}', "has no labels"), ("[", "cannot be read"),
+                       ('{"labels": [["cat/0.png", -1]]}', "labels from -1"),
+                       ('{"labels": [["../0.png", 1]]}', "below this folder"),
+                       ('{"labels": [["cat/nothing.png", 1]]}', "nothing.png")):
+        root = write_images(tmp_path / text.encode().hex())
+        (root / "dataset.json").write_text(text)
+        refused(root, word, "nothing.png" if "nothing" in text else "dataset.json")
+
+
 def test_links_that_loop_and_pipes_do_not_hang(tmp_path):
     root = write_images(tmp_path / "in")
     (root / "cat" / "up").symlink_to(root)
@@ -374,6 +402,7 @@ FILES = [                           # how a folder is written, a file of it, how
     (write_edm2, "dataset.json", lambda file: file.write_text('{"labels": null}')),
     (write_edm2, "dataset.json", lambda file: file.write_text('{"labels": [["../a.npy", 1]]}')),
     (write_edm2, "dataset.json", lambda file: file.write_text('{"labels": [["a.npy", [1]]]}')),
+    (write_edm2, "0/img-mean-std-1.npy", lambda file: np.save(file, LATENTS[:1])),
     (write_edm2, "dataset.json", pipe), (write_edm2, "0/img-mean-std-1.npy", pipe),
     (write_mar, "cat/1.npz", lambda file: np.savez(file, other=LATENTS[0])),
     (write_mar, "cat/0.npz", lambda file: np.savez(file, moments=LATENTS[0] / 99)),
@@ -387,6 +416,13 @@ IDS = [f"{write.__name__[6:]} {name} {i}" for i, (write, name, _) in enumerate(F
 def test_a_spoiled_file_among_latents_is_refused_by_name(tmp_path, write, name, spoil):
     spoil(write(tmp_path / "in") / name)
     refused(tmp_path / "in", name)
+
+
+def test_a_latent_file_with_a_dimension_too_many_is_refused_with_its_dimensions(tmp_path):
+    root = write_edm2(tmp_path / "in")
+    for i in range(4):
+        np.save(root / f"0/img-mean-std-{i}.npy", LATENTS[i : i + 1])
+    refused(root, "img-mean-std-0.npy", "(channels, side, side)", "4 dimensions")
 
 
 def test_an_npz_that_unpacks_to_much_more_is_refused(tmp_path, monkeypatch):
