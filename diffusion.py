@@ -9,7 +9,7 @@ Codebases that count the other way (t = 1 is data): SiT, lightning-DiT, torchcfm
 
              x_t                                the network predicts
     flow     (1 - t) x0 + t e                   v = e - x0
-    DDPM     sqrt(abar) x0 + sqrt(1 - abar) e   e, and an interpolation between two variances
+    DDPM     sqrt(abar) x0 + sqrt(1 - abar) e   e (or v), and an interpolation of two variances
 
 Letters: B batch, C channels, S side of the image; x (B, C, S, S), t (B,), y (B,). abar is the share
 of the signal's variance that is left at a step (alphas_cumprod in most code).
@@ -17,9 +17,9 @@ Read next: RectifiedFlow (one screen), guide(), then DDPM.
 
 Sources. Rectified flow: Liu 2209.03003; logit-normal t: Esser 2403.03206. DDPM: Ho 2006.11239;
 learned variance, cosine schedule, respacing: Nichol & Dhariwal 2102.09672, "IDDPM". DDIM: Song
-2010.02502. DPM-Solver++: Lu 2211.01095. Guidance: Ho & Salimans 2207.12598; in an interval:
-Kynkaanniemi 2404.07724. Weightings: Min-SNR: Hang 2303.09556; P2: Choi 2204.00227; ANT-UW: Go
-2306.00354."""
+2010.02502; its trailing steps: Lin 2305.08891. DPM-Solver++: Lu 2211.01095. Guidance: Ho & Salimans
+2207.12598; in an interval: Kynkaanniemi 2404.07724. Weightings: Min-SNR: Hang 2303.09556; P2: Choi
+2204.00227; ANT-UW: Go 2306.00354."""
 
 import hashlib
 import math
@@ -65,7 +65,7 @@ class RectifiedFlow(nn.Module):
     def q_sample(self, x0, noise, t):
         return (1 - expand_dims(t)) * x0 + expand_dims(t) * noise
 
-    def target(self, x0, noise):
+    def target(self, x0, noise, t):
         """The regression target (B, C, S, S)."""
         return noise - x0
 
@@ -73,7 +73,7 @@ class RectifiedFlow(nn.Module):
         """The mean squared error of each image (B,), and the model's aux."""
         prediction, aux = model(self.q_sample(x0, noise, t), t, y)
         v = prediction[:, : x0.shape[1]].float()
-        return (v - self.target(x0, noise)).square().flatten(1).mean(1), aux
+        return (v - self.target(x0, noise, t)).square().flatten(1).mean(1), aux
 
     loss = mse                                          # training minimises it as it is
 
@@ -105,11 +105,11 @@ def guide(model, y, none, scale=1.0, channels=None, interval=(0.0, 1.0)):
     interval: (lo, hi), the times at which guidance is on."""
 
     def f(x, t):
-        time = x.new_full((len(x),), t)
-        if scale == 1 or not interval[0] <= t <= interval[1]:
-            return model(x, time, y)[0]
+        time = x.new_full((len(x),), t)                 # .to(x): under autocast the model's bf16
+        if scale == 1 or not interval[0] <= t <= interval[1]:           # ends here
+            return model(x, time, y)[0].to(x)
         label = torch.cat([y, torch.full_like(y, none)])
-        cond, uncond = model(torch.cat([x, x]), torch.cat([time, time]), label)[0].chunk(2)
+        cond, uncond = model(torch.cat([x, x]), torch.cat([time, time]), label)[0].to(x).chunk(2)
         n = channels or x.shape[1]
         guided = uncond[:, :n] + scale * (cond[:, :n] - uncond[:, :n])  # Ho & Salimans, Eq. (6)
         return torch.cat([guided, cond[:, n:]], dim=1)                  # with scale = 1 + w
@@ -123,14 +123,21 @@ def guide(model, y, none, scale=1.0, channels=None, interval=(0.0, 1.0)):
 class DDPM(nn.Module):
     """A thousand noise levels; the network predicts the noise, and may learn the reverse variance.
 
+    predict: "eps", the noise (DiT), or "v" = sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans & Ho
+    2202.00512). The error of the noise hardly depends on x0 at high noise: there SNR weights the
+    error of x0 with 1e-4, and that is where a short training must learn what a class looks like.
+    The error of v weights it with 1 + SNR, so that the tiny recipe predicts v.
     schedule: linear (DiT) or cosine (IDDPM). weighting of the squared error at each step: none,
     min-snr (gamma: 5), p2 (gamma: 1) or ant-uw (clusters: 8; its weights are learned)."""
 
     kind, solvers = "ddpm", ("ddpm", "ddim", "dpm++")
     T = 1000
 
-    def __init__(self, schedule="linear", weighting="none", gamma=None, clusters=8):
+    def __init__(self, schedule="linear", weighting="none", gamma=None, clusters=8,
+                 predict="eps"):
         super().__init__()
+        if predict not in ("eps", "v"):
+            raise ValueError(f"predict {predict!r}: eps or v")
         if schedule not in ("linear", "cosine"):
             raise ValueError(f"schedule {schedule!r}: linear or cosine")
         if weighting not in ("none", "min-snr", "p2", "ant-uw"):
@@ -139,7 +146,8 @@ class DDPM(nn.Module):
             gamma = {"min-snr": 5.0, "p2": 1.0}.get(weighting, 0.0)
         if weighting == "min-snr" and not gamma > 0:
             raise ValueError(f"gamma {gamma}: min-snr needs one above 0")
-        self.options = dict(schedule=schedule, weighting=weighting, gamma=gamma, clusters=clusters)
+        self.options = dict(schedule=schedule, weighting=weighting, gamma=gamma, clusters=clusters,
+                            predict=predict)
         self.alphas_cumprod = alphas_cumprod(schedule, self.T)          # (T,) float64
         self.register_buffer("table", coefficients(self.alphas_cumprod), persistent=False)
         if weighting == "ant-uw":                                       # log variance per cluster
@@ -167,19 +175,25 @@ class DDPM(nn.Module):
         a = Coefficients(self.table, self.step(t))
         return a.sqrt_abar * x0 + a.sqrt_1m_abar * noise                # DDPM Eq. (4)
 
-    def target(self, x0, noise):
-        return noise
+    def target(self, x0, noise, t):
+        """The regression target (B, C, S, S)."""
+        a = Coefficients(self.table, self.step(t))
+        return a.sqrt_abar * noise - a.sqrt_1m_abar * x0 if self.predicts_v else noise
+
+    @property
+    def predicts_v(self):
+        return self.options["predict"] == "v"
 
     def mse(self, model, x0, y, t, noise):
         """The mean squared error of each image (B,), and the model's aux."""
         prediction, aux = model(self.q_sample(x0, noise, t), t, y)
-        return self.squared_error(prediction, noise), aux
+        return self.squared_error(prediction, self.target(x0, noise, t)), aux
 
     def loss(self, model, x0, y, t, noise):
         """The training loss of each image, weight * mse + vlb (B,), and the model's aux."""
         x = self.q_sample(x0, noise, t)
         prediction, aux = model(x, t, y)
-        mse = self.squared_error(prediction, noise)
+        mse = self.squared_error(prediction, self.target(x0, noise, t))
         learned = prediction.shape[1] > x0.shape[1]                     # 2C channels
         vlb = self.vlb(prediction.float(), x0, x, self.step(t)) if learned else 0
         return self.weight(mse, vlb, t), aux
@@ -187,8 +201,8 @@ class DDPM(nn.Module):
     def step(self, t):
         return (t * self.T).round().long().clamp(0, self.T - 1)         # (B,) 0..999
 
-    def squared_error(self, prediction, noise):
-        return (prediction[:, : noise.shape[1]].float() - noise).square().flatten(1).mean(1)
+    def squared_error(self, prediction, target):
+        return (prediction[:, : target.shape[1]].float() - target).square().flatten(1).mean(1)
 
     def vlb(self, prediction, x0, x, n):
         """The variational lower bound's term of step n, in bits per dimension (B,).
@@ -200,7 +214,7 @@ class DDPM(nn.Module):
         weight 1, as in DiT). At n = 0 it is the likelihood of the image's 256 grey levels."""
         a = Coefficients(self.table, n)
         eps, v = prediction.chunk(2, dim=1)
-        mean, log_var, _ = self.p_mean_variance(torch.cat([eps.detach(), v], dim=1), x, a)
+        mean, log_var, *_ = self.p_mean_variance(torch.cat([eps.detach(), v], dim=1), x, a)
         true_mean = a.posterior_mean_coef1 * x0 + a.posterior_mean_coef2 * x    # DDPM Eq. (7)
         kl = gaussian_kl(true_mean, a.log_beta_tilde, mean, log_var)
         nll = -grey_level_log_likelihood(x0, mean, log_var)
@@ -209,6 +223,8 @@ class DDPM(nn.Module):
     def weight(self, mse, vlb, t):
         """Min-SNR and P2 weight only the squared error. ANT-UW weights the whole loss."""
         o, a = self.options, Coefficients(self.table, self.step(t))
+        if self.predicts_v and o["weighting"] in ("min-snr", "p2"):
+            mse = mse * a.abar.flatten()        # they weight the error of the noise: abar times v's
         snr = (a.sqrt_abar / a.sqrt_1m_abar).square().flatten()         # (B,)
         if o["weighting"] == "min-snr":
             return mse * snr.clamp(max=o["gamma"]) / snr + vlb          # min(SNR, gamma) / SNR
@@ -227,26 +243,40 @@ class DDPM(nn.Module):
 
     # ---- sampling
 
-    def p_mean_variance(self, prediction, x, a):
-        """One reverse step as a Gaussian: its mean, its log variance, and the estimated x0."""
+    def p_mean_variance(self, prediction, x, a, clip_x0=None):
+        """One reverse step as a Gaussian: its mean and log variance, and the x0 and noise that the
+        network estimates. clip_x0: a bound of |x0|; mean and noise follow from the bounded x0."""
         C = x.shape[1]
         eps = prediction[:, :C]
-        x0 = (x - a.sqrt_1m_abar * eps) / a.sqrt_abar
+        if self.predicts_v:
+            x0 = a.sqrt_abar * x - a.sqrt_1m_abar * eps
+            eps = a.sqrt_abar * eps + a.sqrt_1m_abar * x
+        else:
+            x0 = (x - a.sqrt_1m_abar * eps) / a.sqrt_abar
+        if clip_x0 is not None:                                         # the authors' clip_denoised
+            x0 = x0.clamp(-clip_x0, clip_x0)
+            eps = (x - a.sqrt_abar * x0) / a.sqrt_1m_abar
         mean = a.posterior_mean_coef1 * x0 + a.posterior_mean_coef2 * x     # Eq. (7)
         if prediction.shape[1] == C:
-            return mean, a.log_beta_tilde.expand_as(x), x0              # the smaller bound
+            return mean, a.log_beta_tilde.expand_as(x), x0, eps         # the smaller bound
         v = (prediction[:, C:] + 1) / 2                                 # -1..1 -> 0..1
-        return mean, v * a.log_beta + (1 - v) * a.log_beta_tilde, x0    # IDDPM Eq. (15)
+        return mean, v * a.log_beta + (1 - v) * a.log_beta_tilde, x0, eps       # IDDPM Eq. (15)
 
-    def trajectory(self, f, x, steps=250, solver="ddpm", eta=0.0, noise=None):
+    def trajectory(self, f, x, steps=250, solver="ddpm", eta=0.0, noise=None, spacing=None,
+                   clip_x0=None):
         """From noise x to data; yields (t, x, the x0 estimated in this step).
 
         ddpm: ancestral sampling, new noise in each step. ddim: no new noise with eta 0, nearly ddpm
         with eta 1. dpm++: DPM-Solver++(2M), second order, made for 10 to 30 steps. noise(i) -> the
-        normal numbers of step i, counted from 0. Whatever steps a sampler leaves out, the network
-        gets the ORIGINAL number of a step."""
+        normal numbers of step i, counted from 0. spacing: see respace(). Whatever steps a sampler
+        leaves out, the network gets the ORIGINAL number of a step.
+
+        clip_x0: bound every estimate of x0 to [-clip_x0, clip_x0]. Images need 1: at the noisiest
+        step of the cosine schedule the signal is 5e-5 of x, so that dividing by it turns an error
+        of 0.01 of the network into 200 of x0. sample.py does so. Latents have no known range, so
+        the released samplers do not clip them, nor do we unless a bound is asked for."""
         kept = steps_even_in_log_snr(self.alphas_cumprod, steps) if solver == "dpm++" else \
-            respace(self.T, steps, solver)                              # original steps, ascending
+            respace(self.T, steps, spacing or SPACINGS[solver])         # original steps, ascending
         level = self.alphas_cumprod[kept]                               # abar of the steps kept
         table = coefficients(level).to(x)
         noise = noise or (lambda i: torch.randn_like(x))
@@ -254,13 +284,12 @@ class DDPM(nn.Module):
         for i, n in enumerate(reversed(range(len(kept)))):
             prediction = f(x, kept[n] / self.T)
             a = Coefficients(table, torch.full((len(x),), n, device=x.device))
-            mean, log_var, x0 = self.p_mean_variance(prediction, x, a)
+            mean, log_var, x0, eps = self.p_mean_variance(prediction, x, a, clip_x0)
             now, then = level[n].item(), level[n - 1].item() if n else 1.0
             if solver == "ddpm":
                 x = mean + (0.5 * log_var).exp() * noise(i) if n else mean
             elif solver == "ddim":
                 sigma = eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))   # DDIM Eq. (16)
-                eps = prediction[:, : x.shape[1]]
                 x = math.sqrt(then) * x0 + math.sqrt(max(1 - then - sigma**2, 0)) * eps
                 x = x + sigma * noise(i) if sigma else x                             # DDIM Eq. (12)
             else:
@@ -279,21 +308,34 @@ def alphas_cumprod(schedule, T):
     return torch.cumprod(1 - beta, 0)
 
 
-def respace(T, steps, solver="ddpm"):
+SPACINGS = {"ddpm": "linspace", "ddim": "trailing"}                     # the defaults of solvers
+
+
+def respace(T, steps, spacing="linspace"):
     """-> the steps of 0..T-1 that a sampler keeps, ascending. Raises ValueError.
 
-    ddim: every stride-th step from 0, where some stride gives this many steps, as in the official
-    code (which rejects other numbers). All else: evenly spread from 0 to T - 1, as in the official
-    code up to how halves are rounded."""
+    10 of 1000     linspace   0 111 222 ... 888 999     the authors' ancestral sampling, up to how
+                                                        halves are rounded
+                   trailing   99 199 299 ... 899 999    from pure noise on, in equal steps
+                   leading    0 100 200 ... 800 900     the authors' DDIM, where a stride gives
+                                                        this many steps (else an error, as theirs)
+
+    leading takes pure noise for x at step 900, or at step 500 with two steps. With 2, 3, 4, 5
+    steps of DDIM this gave Frechet distances of 403, 113, 53, 41, and trailing 60, 37, 28, 28. So
+    trailing is our default of DDIM, and leading is for comparisons with released figures."""
     if not 1 <= steps <= T:
         raise ValueError(f"{steps} sampling steps: between 1 and {T}")
-    if solver == "ddim":
+    if spacing == "trailing":
+        return [math.ceil(i * T / steps) - 1 for i in range(1, steps + 1)]
+    if spacing == "leading":
         for stride in range(1, T):                      # T would keep step 0 alone
             if len(range(0, T, stride)) == steps:
                 return list(range(0, T, stride))
-    if steps == 1:
-        return [T - 1]
-    return [round(i * (T - 1) / (steps - 1)) for i in range(steps)]
+        raise ValueError(f"{steps} sampling steps: no stride over {T} steps gives that many, which "
+                         "the spacing \"leading\" needs")
+    if spacing != "linspace":
+        raise ValueError(f"spacing {spacing!r}: linspace, trailing or leading")
+    return [T - 1] if steps == 1 else [round(i * (T - 1) / (steps - 1)) for i in range(steps)]
 
 
 def steps_even_in_log_snr(abar, steps):
@@ -301,12 +343,17 @@ def steps_even_in_log_snr(abar, steps):
     ValueError.
 
     With steps evenly spread in time, the last of 20 would cross 18 to 30 % of the range of lambda,
-    with a large error. Steps that coincide are kept once: of 20 steps 17 remain with cosine."""
+    with a large error. Where neighbours are further apart than one step of lambda, no two chosen
+    steps coincide, and the rest is spread evenly again: there are always as many as asked for."""
     if not 1 <= steps <= len(abar):
         raise ValueError(f"{steps} sampling steps: between 1 and {len(abar)}")
     lam = 0.5 * torch.log(abar / (1 - abar))                            # (T,) falling
-    goals = torch.linspace(lam[0], lam[-1], max(steps, 2), dtype=lam.dtype)[-steps:]
-    return sorted({int((lam - goal).abs().argmin()) for goal in goals})
+    kept = [len(abar) - 1]
+    for left in range(steps - 1, 0, -1):                # how many steps are still to be chosen
+        goal = lam[kept[-1]] + (lam[0] - lam[kept[-1]]) / left
+        nearest = int((lam - goal).abs().argmin())
+        kept.append(max(min(nearest, kept[-1] - 1), left - 1))
+    return kept[::-1]
 
 
 NAMES = ("abar", "sqrt_abar", "sqrt_1m_abar", "log_beta", "log_beta_tilde",
@@ -390,7 +437,7 @@ class StepRNG:
     def __init__(self, seed, step, total, rows, device="cpu"):
         self.key, self.total, self.device = (seed, step), total, torch.device(device)
         self.source = "cuda" if self.device.type == "cuda" else "cpu"
-        self.rows = rows.to(self.device)                # places in the global batch
+        self.rows = rows.to(self.device, non_blocking=True)     # places in the global batch
         self.own = rows if self.source == "cpu" else self.rows
         self.first = step * total                       # number of images in earlier steps
 

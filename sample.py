@@ -17,14 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from common.checkpoint import load_model
-from common.cli import Parser, UserError, number, run_program
-from common.distributed import select_device, tune_device
+from common.cli import Parser, UserError, run_program
+from common.distributed import select_device, tune_device, wants_bf16
 from common.files import to_uint8, write_atomic, write_grid
+from common.sampling import (
+    STEPS, add_sampling_options, class_names, load_sampler, sampling_options, show_classes)
 from data.encode import load_vae, vae_scale
 from diffusion import guide, sample_noise
-
-STEPS = {"euler": 25, "heun": 13, "ddpm": 250, "ddim": 50, "dpm++": 20}     # without --steps
 
 
 @torch.no_grad()
@@ -33,7 +32,8 @@ def generate(model, diffusion, labels, seed=0, steps=None, solver=None, cfg=2.0,
     """labels (n,) -> images (n, C, S, S) in [-1, 1], or latents, on the CPU.
 
     model: anything with the contract prediction, aux = model(x, t, y) and a Config .cfg. Other
-    arguments as in sample_trajectory(). Raises UserError for a solver of the other diffusion."""
+    arguments as in sample_trajectory(). Raises UserError for a solver of the other diffusion, and
+    for samples that are NaN or infinite."""
     parts = []
     for first in range(0, len(labels), batch):
         *_, (_, x, _) = sample_trajectory(model, diffusion, labels[first : first + batch], first,
@@ -43,25 +43,48 @@ def generate(model, diffusion, labels, seed=0, steps=None, solver=None, cfg=2.0,
 
 
 def sample_trajectory(model, diffusion, labels, first=0, seed=0, steps=None, solver=None, cfg=2.0,
-                      interval=(0.0, 1.0), channels=None, eta=0.0):
+                      interval=(0.0, 1.0), channels=None, eta=0.0, spacing=None, clip_x0="auto",
+                      amp="off"):
     """Sample the images first, first + 1, ... of a seed; yields (t, x, estimated x0) for each step.
 
-    labels (n,). cfg: guidance scale, 1 for none; interval, channels: see diffusion.guide."""
+    labels (n,). cfg: guidance scale, 1 for none; interval, channels: see diffusion.guide. spacing,
+    clip_x0: see DDPM.trajectory; auto: 1 for images (1 or 3 channels), None for latents. amp: off,
+    bf16 or auto: the network in bf16 on a GPU, and in float32 elsewhere, so that images are the
+    same on every CPU. A model whose weights are in bf16 always runs in it. All else is float32."""
+    c, indices = model.cfg, range(first, first + len(labels))
     solver = solver or diffusion.solvers[0]
     if solver not in diffusion.solvers:
         raise UserError(f"--solver {solver} is not for this checkpoint: it was trained with "
                         f"{diffusion.kind}, which has {', '.join(diffusion.solvers)}")
-    if eta and solver != "ddim":
-        raise UserError(f"--eta is for --solver ddim, not {solver}")
-    c, indices = model.cfg, range(first, first + len(labels))
-    device = next(model.parameters()).device if hasattr(model, "parameters") else labels.device
+    for option, value, known in (("eta", eta, ("ddim",)), ("spacing", spacing, ("ddpm", "ddim"))):
+        if value and solver not in known:
+            raise UserError(f"--{option} is for --solver {' or '.join(known)}, not {solver}")
+    if clip_x0 == "auto":
+        clip_x0 = 1.0 if c.channels in (1, 3) else None
+    weight = next(model.parameters()) if hasattr(model, "parameters") else labels[:0].float()
+    device = weight.device
     f = guide(model, labels.to(device), c.classes, cfg if c.classes else 1.0, channels, interval)
+    if wants_bf16("off" if amp == "auto" and device.type != "cuda" else amp, device):
+        f = torch.autocast(device.type, torch.bfloat16)(f)
+    elif weight.dtype in (torch.bfloat16, torch.float16):
+        f = torch.autocast(device.type, weight.dtype)(f)
 
     def noise(step):                                    # step -1: the noise to start from
         return sample_noise(seed, indices, (c.channels, c.size, c.size), step).to(device)
 
-    return diffusion.trajectory(f, noise(-1), steps or STEPS[solver], solver=solver, eta=eta,
-                                noise=noise)
+    for t, x, x0 in diffusion.trajectory(f, noise(-1), steps or STEPS[solver], solver=solver,
+                                         eta=eta, noise=noise, spacing=spacing, clip_x0=clip_x0):
+        if t == 0:
+            refuse_non_finite(x, f"so are the weights, or --cfg {cfg:g} is too large")
+        yield t, x, x0
+
+
+def refuse_non_finite(x, why):
+    """Raise UserError for images (n, ...) that hold NaN or infinity: as uint8, NaN is black."""
+    broken = int((~x.flatten(1).isfinite().all(1)).sum())
+    if broken:
+        raise UserError(f"{broken} of {len(x)} samples are NaN or infinite ({why}); they are not "
+                        "written")
 
 
 class RecordAux:
@@ -107,6 +130,19 @@ def write_npz(file, pieces, labels):
     write_atomic(file, write)
 
 
+def write_sheet(file, model, diffusion, seed, drop, amp):
+    """What training shows: 40 images, the classes in turn, always of the same noise; guided if
+    labels were dropped. Every process calls it, and the one with a file writes. Samples that are
+    not finite end no run: the weights may still recover."""
+    labels = torch.arange(10).repeat(4) % max(model.cfg.classes, 1)
+    try:
+        x = generate(model, diffusion, labels, seed, cfg=2.0 if drop else 1.0, amp=amp)
+    except UserError as error:
+        return file and print(f"no {file}: {error}", flush=True)
+    if file:
+        write_grid(file, x, columns=10)
+
+
 @torch.no_grad()
 def film(file, model, diffusion, labels, decode, frames=10, **options):
     """One row per image: x_t from noise (left) to data (right)."""
@@ -140,59 +176,26 @@ def maps(file, model, diffusion, labels, decode, frames=6, **options):
     print(f"black {low:.2f}, white {high:.2f}")
 
 
-def decoder(name, latent, device):
-    """-> a function from latents to images, by a VAE of diffusers; images stay as they are."""
+def decoder(name, data, device):
+    """-> a function from latents to images, by a VAE of diffusers; images stay as they are. data:
+    of the checkpoint, with the scale and shift of the latents that it was trained on. Where these
+    are unknown (older checkpoints, latents that came already scaled), the VAE's own are taken."""
     if not name:
         return lambda x: x
-    if not latent:
+    if not data.get("latent"):
         raise UserError("--vae: this checkpoint makes images, not latents")
     vae = load_vae(name, device)
-    scale = vae_scale(vae)
-    return lambda x: vae.decode(x.to(device) / scale).sample.float().cpu()
+    known = data.get("scale") is not None
+    scale, shift = (data["scale"], data.get("shift") or 0.0) if known else vae_scale(vae)
+
+    def decode(x):
+        images = vae.decode(x.to(device) / scale + shift).sample.float().cpu()
+        refuse_non_finite(images, "the latents are finite, so this is the VAE's fault")
+        return images
+    return decode
 
 
 # ------------------------------------------------------------------------ command line
-
-
-def add_sampling_options(p):
-    """The options that experiments/sample_npz.py has in common with this program."""
-    count = number(int, 1, 10**7)
-    p.add_argument("checkpoint", type=Path)
-    p.add_argument("-n", "--n", type=count, default=80,         # torchrun takes --n for its own
-                   help="number of images, over the classes in turn")
-    p.add_argument("--classes", type=number(int, 0, 10**7), nargs="+", help="only these, in turn")
-    p.add_argument("--steps", type=count, help=f"default: {STEPS}")
-    p.add_argument("--solver", choices=tuple(STEPS))
-    p.add_argument("--eta", type=number(float, 0, 1), default=0.0, help="new noise in ddim")
-    p.add_argument("--cfg", type=number(float, 0), default=None, help="guidance, 1: none (2)")
-    p.add_argument("--cfg-interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0),
-                   metavar=("LO", "HI"), help="guide only at times t in LO..HI")
-    p.add_argument("--cfg-channels", type=count, help="guide only the first channels (DiT: 3)")
-    p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
-    p.add_argument("--batch", type=count, default=64)
-    p.add_argument("--npz", type=Path, help="also this file: arr_0 uint8 RGB, arr_1 labels")
-    p.add_argument("--vae", help="decoder of latents, such as stabilityai/sd-vae-ft-ema")
-    p.add_argument("--weights", choices=("ema", "raw"), default="ema")
-    p.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
-
-
-def sampling_options(args, model):
-    """-> labels (n,) and the options of sample_trajectory(). Raises UserError."""
-    c, classes = model.cfg, max(model.cfg.classes, 1)
-    wanted = args.classes or range(classes)
-    if max(wanted) >= classes:
-        raise UserError(f"--classes {max(wanted)}: this checkpoint has classes 0 to {classes - 1}")
-    if args.cfg_channels and args.cfg_channels > c.channels:
-        raise UserError(f"--cfg-channels {args.cfg_channels}: the images of this checkpoint have "
-                        f"{c.channels}")
-    if not c.classes and args.cfg not in (None, 1.0):
-        raise UserError(f"--cfg {args.cfg:g}: this checkpoint knows no classes to guide towards")
-    if args.cfg_interval[0] > args.cfg_interval[1]:
-        raise UserError("--cfg-interval: LO is above HI")
-    labels = torch.tensor([wanted[i % len(wanted)] for i in range(args.n)])
-    return labels, dict(seed=args.seed, steps=args.steps, solver=args.solver, eta=args.eta,
-                        cfg=2.0 if args.cfg is None else args.cfg, channels=args.cfg_channels,
-                        interval=tuple(args.cfg_interval))
 
 
 def parse_args(argv):
@@ -215,9 +218,11 @@ def main(argv):
     args = parse_args(argv)
     device = select_device(args.device)
     tune_device(device)
-    model, diffusion, checkpoint = load_model(args.checkpoint, args.weights, device)
-    labels, options = sampling_options(args, model)
-    decode = decoder(args.vae, checkpoint["data"].get("latent"), device)
+    model, diffusion, checkpoint = load_sampler(args.checkpoint, args, device)
+    labels, options, notes = sampling_options(args, model, checkpoint)
+    decode = decoder(args.vae, checkpoint["data"], device)
+    if notes:
+        print(*notes, sep="\n")
     some = labels[: min(6, args.n)]
     if args.maps:                                       # first, so that a model without maps
         maps(args.out.with_name("maps.png"), model, diffusion, some, decode, **options)  # fails now
@@ -235,7 +240,7 @@ def main(argv):
     grid = np.concatenate(images[: math.ceil(400 / args.batch)])[:400]
     write_grid(args.out, grid, columns=min(10, args.n))
     print(f"{args.out}: {len(grid)} images of {checkpoint['data']['source']} by "
-          f"{checkpoint['name']}")
+          f"{checkpoint['name']}{show_classes(labels, class_names(model, checkpoint))}")
     if args.npz:
         write_npz(args.npz, lambda: iter(images), labels)
         print(f"{args.npz}: {args.n} images and labels")

@@ -222,13 +222,17 @@ def convert(args):
         path=dict(kind=kind, options=diffusion.options, weights=diffusion.state_dict(),
                   optimizer=[]),
         data=dict(source="the authors' data", names=[str(i) for i in range(cfg.classes)],
-                  latent=cfg.channels == 4, latent_kind=None, size=None),
+                  latent=cfg.channels == 4, latent_kind=None, size=None,
+                  scale=0.18215 if cfg.channels == 4 else None, shift=0.0),   # Stable Diffusion's
         model=weights, ema=weights))
     options = [f"--steps {50 if kind == 'rf' else 250}"]
     if cfg.classes:                                     # DTR guides all channels, the others three
         options += ["--cfg 7" if kind == "rf" else "--cfg 1.5"]
         options += ["--cfg-channels 3"] if kind == "ddpm" and args.name != "dtr" else []
     options += ["--vae stabilityai/sd-vae-ft-ema"] if cfg.channels == 4 else []
+    if kind == "ddpm":
+        print("their DDIM: add --solver ddim --spacing leading --steps 50, or another number for "
+              "which a stride over 1000 steps exists")
     print(f"sample as its authors did: python sample.py {args.out} {' '.join(options)}")
 
 

@@ -16,11 +16,11 @@ from functools import partial
 import numpy as np
 import torch
 
-from common.checkpoint import load_model
 from common.cli import Parser, UserError, run_program
-from common.distributed import from_rank_0, init_distributed, on_all_ranks, tune_malloc
+from common.distributed import from_rank_0, init_distributed, on_all_ranks, tune_device
 from common.files import read_json, to_uint8, write_atomic, write_json
-from sample import add_sampling_options, decoder, sample_trajectory, sampling_options, write_npz
+from common.sampling import add_sampling_options, load_sampler, sampling_options
+from sample import decoder, sample_trajectory, write_npz
 
 
 def parts_of(npz):
@@ -74,13 +74,14 @@ def parse_args(argv):
 def main(argv):
     args = parse_args(argv)
     rank, world_size, device = init_distributed(args.device)
-    if device.type == "cpu":
-        tune_malloc()
+    tune_device(device)
 
     def prepare():
-        model, diffusion, checkpoint = load_model(args.checkpoint, args.weights, device)
-        decode = decoder(args.vae, checkpoint["data"].get("latent"), device)
-        labels, options = sampling_options(args, model)
+        model, diffusion, checkpoint = load_sampler(args.checkpoint, args, device)
+        decode = decoder(args.vae, checkpoint["data"], device)
+        labels, options, notes = sampling_options(args, model, checkpoint)
+        if notes and rank == 0:
+            print(*notes, sep="\n")
         with torch.no_grad():       # a solver or steps that this diffusion lacks fail now, before a
             next(sample_trajectory(model, diffusion, labels[:1], **options))    # file is written
         return model, diffusion, decode, labels, options

@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
-from diffusion import (DDPM, Coefficients, RectifiedFlow, StepRNG, coefficients,
-                       grey_level_log_likelihood, guide, respace, sample_noise,
+from diffusion import (DDPM, SPACINGS, Coefficients, RectifiedFlow, StepRNG, coefficients,
+                       dpm_step, grey_level_log_likelihood, guide, log_snr, respace, sample_noise,
                        steps_even_in_log_snr)
 
 F64 = torch.float64
@@ -32,7 +32,7 @@ def perfect_prediction(diffusion, s):
         return t / var * rest - (MU + (1 - t) * s**2 / var * rest)
 
     def noise(x, t):
-        a = diffusion.alphas_cumprod[round(t * 1000)].item()
+        a = diffusion.alphas_cumprod[round(t * diffusion.T)].item()
         return math.sqrt(1 - a) / (a * s**2 + 1 - a) * (x - math.sqrt(a) * MU)
     return velocity if diffusion.kind == "rf" else noise
 
@@ -41,7 +41,7 @@ def exact_end(diffusion, s, steps, solver):
     """Where the exact ODE takes NOISE: it keeps (x - mean) / std constant."""
     if diffusion.kind == "rf":
         return MU + s * NOISE
-    a = diffusion.alphas_cumprod[respace(1000, steps, solver)[-1]].item()
+    a = diffusion.alphas_cumprod[-1].item()             # every solver starts at step 999
     return MU + s * (NOISE - math.sqrt(a) * MU) / math.sqrt(a * s**2 + 1 - a)
 
 
@@ -65,13 +65,36 @@ def test_perfect_model_recovers_x0_with_every_sampler(diffusion, solver, eta, st
     assert t == 0 and (x - MU).abs().max() < 1e-4
 
 
+class Fine(DDPM):
+    """So many noise levels that the steps which a sampler keeps are nearly where it wants them."""
+    T = 50_000
+
+
 @pytest.mark.parametrize("diffusion, solver, order, steps", [
     (RectifiedFlow(), "euler", 1, 40), (RectifiedFlow(), "heun", 2, 40), (DDPM(), "ddim", 1, 50),
-    (DDPM("cosine"), "ddim", 1, 50), (DDPM("cosine"), "dpm++", 2, 40), (DDPM(), "dpm++", 2, 20)])
+    (Fine("cosine"), "ddim", 1, 50), (Fine("cosine"), "dpm++", 2, 40), (DDPM(), "dpm++", 2, 20)])
 def test_twice_the_steps_halve_or_quarter_the_error(diffusion, solver, order, steps):
     error = [final_error(diffusion, solver, n) for n in (steps, 2 * steps)]
     assert error[0] < 0.15
     assert math.log2(error[0] / error[1]) == pytest.approx(order, abs=0.2)
+
+
+@pytest.mark.parametrize("r", [0.25, 1, 3])
+def test_the_second_order_of_dpm_solver_also_holds_between_uneven_steps(r):
+    """From lambda = 0 by h, when the step before was r h long, and x0 = sin(1 + lambda). The exact
+    x / sigma grows by the integral of e^lambda x0, here solved by hand."""
+    def primitive(lam):
+        return math.exp(lam) * (math.sin(1 + lam) - math.cos(1 + lam)) / 2
+
+    def local_error(h):
+        now, then = 0.5, 1 / (1 + math.exp(-2 * h))             # abar: lambda = log_snr is 0 and h
+        x = torch.tensor(0.3, dtype=F64)
+        x0, earlier = (torch.tensor(math.sin(1 + lam), dtype=F64) for lam in (0, -r * h))
+        exact = math.sqrt(1 - then) * (x / math.sqrt(1 - now) + primitive(h) - primitive(0))
+        assert log_snr(then) == pytest.approx(h)
+        return (dpm_step(x, x0, now, then, (-r * h, earlier)) - exact).abs().item()
+
+    assert math.log2(local_error(0.02) / local_error(0.01)) == pytest.approx(3, abs=0.1)
 
 
 def test_twenty_steps_of_dpm_solver_beat_fifty_of_ddim():
@@ -123,12 +146,18 @@ def test_ancestral_sampling_with_the_smallest_variance_needs_many_steps():
     assert few < 0.9 * s < 0.98 * s < many < s
 
 
+def test_ancestral_sampling_with_the_smallest_variance_is_of_first_order():
+    ddpm = Fine("cosine")
+    std = [mean_and_std(ddpm, perfect_prediction(ddpm, 0.6), n)[1].mean() for n in (80, 160)]
+    error = [0.6 - v.item() for v in std]
+    assert math.log2(error[0] / error[1]) == pytest.approx(1, abs=0.2)
+
+
 def test_ddim_with_eta_one_is_ddpm_with_the_smallest_variance():
     ddpm = DDPM()
     f = perfect_prediction(ddpm, 0.5)
-    assert respace(1000, 60, "ddim") == respace(1000, 60)       # no integer stride gives 60 steps
-    runs = [ddpm.trajectory(f, NOISE, 60, solver, eta=1.0, noise=lambda i: NOISE.roll(i + 1, 0))
-            for solver in ("ddim", "ddpm")]
+    runs = [ddpm.trajectory(f, NOISE, 60, solver, eta=1.0, noise=lambda i: NOISE.roll(i + 1, 0),
+                            spacing="linspace") for solver in ("ddim", "ddpm")]
     for (_, x, _), (_, z, _) in zip(*runs, strict=True):
         assert (x - z).abs().max() < 1e-5
 
@@ -136,11 +165,82 @@ def test_ddim_with_eta_one_is_ddpm_with_the_smallest_variance():
 def test_the_first_step_of_dpm_solver_is_a_ddim_step(monkeypatch):
     ddpm = DDPM()
     f = perfect_prediction(ddpm, 0.5)
-    monkeypatch.setattr("diffusion.respace", lambda T, steps, solver:
+    monkeypatch.setattr("diffusion.respace", lambda T, steps, spacing:
                         steps_even_in_log_snr(ddpm.alphas_cumprod, steps))
     runs = [ddpm.trajectory(f, NOISE, 60, solver) for solver in ("ddim", "dpm++")]
     (_, x, _), (_, z, _) = map(next, runs)
     assert (x - z).abs().max() < 1e-6
+
+
+# ------------------------------------------------------------------------ imperfect models
+
+
+IMAGES = torch.tensor([[-0.8, -0.8, 0.8, 0.8], [0.8, -0.8, 0.8, -0.8]], dtype=F64)
+IMAGES = IMAGES.repeat_interleave(4, 0).view(2, 1, 4, 4)        # rows alike: two grey patterns
+
+
+def imperfect_prediction(ddpm, s=0.1):
+    """The best estimate of the noise, E[noise | x], if half of the data lie around each of IMAGES
+    with standard deviation s; with two faults of every network: an error of up to 0.05, and values
+    of x beyond 4, which training never shows, are not told apart."""
+    def noise(x, t):
+        a, x = ddpm.alphas_cumprod[round(t * 1000)].item(), x.clamp(-4, 4)
+        var = a * s**2 + 1 - a
+        rest = x[:, None] - math.sqrt(a) * IMAGES                           # (n, 2, 1, 4, 4)
+        share = (-rest.square().flatten(2).sum(2) / (2 * var)).softmax(1)   # (n, 2)
+        best = math.sqrt(1 - a) / var * (share[:, :, None, None, None] * rest).sum(1)
+        return best + 0.05 * (40 * x).sin()
+    return noise
+
+
+def drawn_by_imperfect_model(schedule, solver, steps, clip_x0, eta=0.0):
+    """-> 200 samples, and their root mean squared distance to the nearest image."""
+    ddpm, g = DDPM(schedule), torch.Generator().manual_seed(0)
+    draw = lambda i: torch.randn(200, 1, 4, 4, dtype=F64, generator=g)
+    x = end_of(ddpm.trajectory(imperfect_prediction(ddpm), draw(-1), steps, solver, eta,
+                               draw, clip_x0=clip_x0))
+    distances = (x[:, None] - IMAGES).square().flatten(2).mean(2).sqrt()    # (200, 2)
+    return x, distances
+
+
+@pytest.mark.parametrize("steps", [5, 20, 50, 250, 1000])
+@pytest.mark.parametrize("solver, eta", [("ddpm", 0), ("ddim", 0), ("ddim", 1), ("dpm++", 0)])
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_an_imperfect_model_draws_the_data_with_every_solver_if_x0_is_clipped(
+        schedule, solver, eta, steps):
+    x, distances = drawn_by_imperfect_model(schedule, solver, steps, 1.0, eta)
+    nearest, share = distances.min(1).values, (distances[:, 0] < distances[:, 1]).double().mean()
+    assert x.abs().max() <= 1 and nearest.mean() < 0.2 and 0.4 < share < 0.6
+    assert steps == 5 or nearest.max() < 0.2
+
+
+@pytest.mark.parametrize("bound, ruined", [(None, True), (5.0, False)])
+@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
+def test_without_a_bound_a_small_error_at_the_noisiest_step_of_cosine_ruins_the_samples(
+        solver, bound, ruined):
+    """The signal is 5e-5 of x there. Why clip_x0 is on for images, and what a wide bound does."""
+    x, distances = drawn_by_imperfect_model("cosine", solver, 50, bound)
+    assert ((x.abs() > 1.2).double().mean() > 0.8) == (x.abs().max() > 100) == ruined
+    assert ruined or distances.min(1).values.max() < 0.2
+
+
+@pytest.mark.parametrize("solver, eta", [("ddpm", 0), ("ddim", 0), ("ddim", 0.5), ("dpm++", 0)])
+def test_a_step_with_clipping_is_the_step_of_a_model_that_predicts_the_clipped_x0(solver, eta):
+    """So the mean and the noise of a step follow from the clipped estimate."""
+    ddpm, bound = DDPM("cosine"), 0.5
+    wild = lambda x, t: 3 * x.sin() + t
+
+    def tame(x, t):                             # the noise that belongs to the clipped estimate
+        a = ddpm.alphas_cumprod[round(t * 1000)].item()
+        x0 = ((x - math.sqrt(1 - a) * wild(x, t)) / math.sqrt(a)).clamp(-bound, bound)
+        return (x - math.sqrt(a) * x0) / math.sqrt(1 - a)
+
+    runs = [list(ddpm.trajectory(f, NOISE, 20, solver, eta, lambda i: NOISE.roll(i + 1, 0),
+                                 clip_x0=clip)) for f, clip in ((wild, bound), (tame, None))]
+    for (_, x, x0), (_, z, z0) in zip(*runs, strict=True):
+        assert x0.abs().max() <= bound and (x0 - z0).abs().max() < 1e-2
+        assert (x - z).abs().max() < 1e-2
+    assert torch.equal(runs[0][-1][1], runs[0][-1][2])          # it ends at its last estimate
 
 
 # ------------------------------------------------------------------------ noise levels and times
@@ -152,7 +252,7 @@ def test_rectified_flow_goes_straight_from_data_to_noise():
     x = flow.q_sample(x0, noise, t)
     assert torch.equal(x[[0, 4]], x0[[0, 4]]) and torch.equal(x[[3, 5]], noise[[3, 5]])
     assert torch.allclose(x[1], 0.75 * x0[1] + 0.25 * noise[1])
-    assert torch.allclose(x + (1 - t).view(-1, 1, 1, 1) * flow.target(x0, noise), noise)
+    assert torch.allclose(x + (1 - t).view(-1, 1, 1, 1) * flow.target(x0, noise, t), noise)
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
@@ -220,7 +320,8 @@ def test_training_draws_every_step_and_standard_normal_noise():
 @pytest.mark.parametrize("make", [
     lambda: RectifiedFlow("cosine"), lambda: DDPM("quadratic"), lambda: DDPM(weighting="snr"),
     lambda: DDPM(weighting="min-snr", gamma=0.0), lambda: respace(1000, 0),
-    lambda: respace(1000, 1001), lambda: steps_even_in_log_snr(torch.rand(9), 10)])
+    lambda: respace(1000, 1001), lambda: respace(1000, 9, "even"),
+    lambda: steps_even_in_log_snr(torch.rand(9), 10)])
 def test_unknown_choices_raise_value_error(make):
     with pytest.raises(ValueError):
         make()
@@ -451,6 +552,15 @@ def test_scale_one_is_no_guidance_at_half_the_cost():
     assert model.batches == [3, 3]
 
 
+def test_guidance_is_computed_in_the_precision_of_the_images_not_of_the_network():
+    """The two predictions of a network in bf16 differ little; their difference is multiplied."""
+    model = lambda x, t, y: (torch.where(y == NONE, 1, 1 + 2**-7).view(-1, 1, 1, 1).expand(
+        -1, 4, 2, 2).bfloat16(), {})
+    for scale in (1.0, 1.5):
+        out = guide(model, Y, NONE, scale)(X, 0.5)
+        assert out.dtype == torch.float32 and (out == 1 + scale * 2**-7).all()
+
+
 def test_outside_its_interval_guidance_is_off():
     model = PredictsItsLabel()
     f = guide(model, Y, NONE, scale=3.0, interval=(0.2, 0.6))
@@ -462,20 +572,22 @@ def test_outside_its_interval_guidance_is_off():
 # ------------------------------------------------------------------------ respacing
 
 
-@pytest.mark.parametrize("solver", ["ddpm", "ddim"])
-def test_a_sampler_of_all_1000_steps_leaves_none_out(solver):
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", "leading"])
+def test_a_sampler_of_all_1000_steps_leaves_none_out(spacing):
     ddpm = DDPM()
-    assert respace(1000, 1000, solver) == list(range(1000))
+    assert respace(1000, 1000, spacing) == list(range(1000))
+    assert steps_even_in_log_snr(ddpm.alphas_cumprod, 1000) == list(range(1000))
     assert torch.equal(coefficients(ddpm.alphas_cumprod[respace(1000, 1000)]), ddpm.table)
 
 
-@pytest.mark.parametrize("solver, steps, first, end", [
-    ("ddpm", 250, [0, 4, 8], [995, 999]), ("ddim", 50, [0, 20, 40], [960, 980]),
-    ("dpm++", 20, [0], [999])])
-def test_the_network_gets_the_original_number_of_every_step(solver, steps, first, end):
+@pytest.mark.parametrize("solver, steps, spacing, first, end", [
+    ("ddpm", 250, None, [0, 4, 8], [995, 999]), ("ddim", 50, None, [19, 39, 59], [979, 999]),
+    ("ddim", 50, "leading", [0, 20, 40], [960, 980]), ("ddim", 3, None, [333, 666], [666, 999]),
+    ("ddim", 50, "linspace", [0, 20, 41], [979, 999]), ("dpm++", 20, None, [0], [999])])
+def test_the_network_gets_the_original_number_of_every_step(solver, steps, spacing, first, end):
     ddpm, seen = DDPM(), []
     f = lambda x, t: seen.append(round(t * 1000)) or torch.zeros_like(x)
-    times = [t for t, _, _ in ddpm.trajectory(f, NOISE, steps, solver)]
+    times = [t for t, _, _ in ddpm.trajectory(f, NOISE, steps, solver, spacing=spacing)]
     kept = seen[::-1]
     assert kept == sorted(set(kept)) and len(kept) == steps
     assert kept[: len(first)] == first and kept[-2:][-len(end):] == end
@@ -488,8 +600,30 @@ def test_dpm_solver_takes_equal_steps_of_log_snr():
     assert ((step / step.mean())[3:] - 1).abs().max() < 0.05    # steps 0 to 3 are too far apart
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 5, 20, 25, 250, 999])
+def test_dpm_solver_takes_as_many_different_steps_as_asked_for(schedule, steps):
+    kept = steps_even_in_log_snr(DDPM(schedule).alphas_cumprod, steps)
+    assert kept == sorted(set(kept)) and len(kept) == steps and kept[-1] == 999
+    assert steps == 1 or kept[0] == 0
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 7, 50, 333])
+def test_trailing_steps_are_equal_and_start_from_pure_noise(steps):
+    kept = respace(1000, steps, SPACINGS["ddim"])
+    gaps = torch.tensor([-1, *kept]).diff()                     # the last one leads to the data
+    assert kept[-1] == 999 and len(kept) == steps and gaps.max() - gaps.min() <= 1
+
+
+@pytest.mark.parametrize("steps", [1, 60, 999])
+def test_leading_steps_exist_only_where_the_authors_find_a_stride(steps):
+    assert respace(1000, 2, "leading") == [0, 500]
+    with pytest.raises(ValueError, match="no stride"):
+        respace(1000, steps, "leading")
+
+
 def test_a_single_step_starts_from_noise():
-    assert [respace(1000, 1, solver) for solver in ("ddpm", "ddim")] == [[999], [999]]
+    assert [respace(1000, 1, spacing) for spacing in SPACINGS.values()] == [[999], [999]]
     assert steps_even_in_log_snr(DDPM().alphas_cumprod, 1) == [999]
 
 
@@ -527,3 +661,50 @@ def test_the_noise_of_a_sample_depends_on_its_own_index_only():
     assert not torch.equal(noise[3], sample_noise(1, [3], (1, 4, 4))[0])
     assert not torch.equal(noise[3], sample_noise(0, [3], (1, 4, 4), step=5)[0])
     assert len(noise.flatten(1).unique(dim=0)) == 20
+
+
+# ------------------------------------------------------------------------ predicting v
+
+
+def in_both_units(schedule="linear", **options):
+    """-> DDPM that predicts the noise, DDPM that predicts v, and one imperfect estimate of noise as
+    a network of each: (x, t, y) -> prediction, aux."""
+    by_eps = DDPM(schedule, **options)
+    by_v = DDPM(schedule, predict="v", **options)
+    abar = by_eps.alphas_cumprod
+
+    def eps(x, t, y):
+        return 0.9 * x + 0.1 * x.flip(-1), {}
+
+    def v(x, t, y):
+        a = abar[(t * 1000).round().long()].float().view(-1, 1, 1, 1)
+        return (eps(x, t, y)[0] - (1 - a).sqrt() * x) / a.sqrt(), {}    # v = (eps - s x) / alpha
+    return by_eps, by_v, eps, v
+
+
+@pytest.mark.parametrize("solver", ["ddpm", "ddim", "dpm++"])
+def test_a_network_of_v_takes_the_same_steps_as_its_noise(solver):
+    by_eps, by_v, eps, v = in_both_units()
+    x, noise = torch.randn(3, 1, 4, 4), [torch.randn(3, 1, 4, 4) for _ in range(5)]
+    ends = [list(d.trajectory(lambda x, t: f(x, x.new_full((3,), t), None)[0], x, 5, solver,
+                              noise=lambda i: noise[i], clip_x0=1.0))[-1][1]
+            for d, f in ((by_eps, eps), (by_v, v))]
+    assert torch.allclose(*ends, rtol=1e-3, atol=1e-4)
+
+
+def test_the_target_v_is_worked_by_hand_and_a_perfect_v_gives_back_x0():
+    d = DDPM("linear", predict="v")
+    x0, noise, t = torch.tensor([0.5, -1.0]).view(2, 1, 1, 1), torch.ones(2, 1, 1, 1), torch.rand(2)
+    a = d.alphas_cumprod[(t * 1000).round().long()].float().view(2, 1, 1, 1)
+    assert torch.allclose(d.target(x0, noise, t), a.sqrt() - (1 - a).sqrt() * x0)
+    perfect = lambda x, t, y: (d.target(x0, noise, t), {})
+    assert d.loss(perfect, x0, None, t, noise)[0].max() < 1e-10
+    assert DDPM().options["predict"] == "eps"           # DiT's, and that of older checkpoints
+
+
+@pytest.mark.parametrize("weighting", ["min-snr", "p2"])
+def test_weightings_of_the_noise_weight_v_alike(weighting):
+    by_eps, by_v, eps, v = in_both_units(weighting=weighting)
+    x0, noise, t = torch.randn(8, 1, 4, 4), torch.randn(8, 1, 4, 4), torch.linspace(0.01, 0.9, 8)
+    assert torch.allclose(by_eps.loss(eps, x0, None, t, noise)[0],
+                          by_v.loss(v, x0, None, t, noise)[0], rtol=1e-3)

@@ -274,7 +274,7 @@ def test_a_sampler_that_skips_steps_uses_the_windows_of_the_original_steps(seen)
         seen.clear()
         list(diffusion.DDPM().trajectory(f, x, steps, solver))
         asked = [task.item() for task in seen][::-1]
-        assert asked == diffusion.respace(1000, steps, solver)
+        assert asked == diffusion.respace(1000, steps, diffusion.SPACINGS[solver])
         assert solver == "ddim" or len(all_masks()[asked].unique(dim=0)) == 76
 
 

@@ -147,7 +147,7 @@ def test_a_reverse_step_has_the_authors_mean_variance_and_x0(dit):
     model, g, ddpm = dit
     ours = ddpm.p_mean_variance(predict(model, g)[0], g["x"],
                                 diffusion.Coefficients(ddpm.table, g["t"]))
-    for mine, name in zip(ours, ("p_mean", "p_logvar", "p_x0"), strict=True):
+    for mine, name in zip(ours[:3], ("p_mean", "p_logvar", "p_x0"), strict=True):
         close(mine, g[name])
 
 
@@ -155,18 +155,18 @@ def test_respaced_samplers_keep_the_authors_steps_and_betas(dit):
     _, g, ddpm = dit
     assert diffusion.respace(1000, 250) == g["respaced_250"].tolist()
     assert diffusion.respace(1000, 8) == g["ddpm8_map"].tolist()
-    assert diffusion.respace(1000, 10, "ddim") == g["ddim10_map"].tolist()
+    assert diffusion.respace(1000, 10, "leading") == g["ddim10_map"].tolist()
     log_beta = diffusion.coefficients(ddpm.alphas_cumprod[g["respaced_250"]])[:, 3]
     close(log_beta.double().exp(), g["respaced_250_betas"])
 
 
-@pytest.mark.parametrize("solver, steps", [("ddim", 10), ("ddpm", 8)])
+@pytest.mark.parametrize("solver, steps, spacing", [("ddim", 10, "leading"), ("ddpm", 8, None)])
 @torch.no_grad()
-def test_ten_ddim_and_eight_ancestral_steps_end_where_the_authors_end(dit, solver, steps):
+def test_ten_ddim_and_eight_ancestral_steps_end_where_the_authors_end(dit, solver, steps, spacing):
     model, g, ddpm = dit
     f = diffusion.guide(model, g["ddim10_y"], model.cfg.classes, 1.5, channels=3)
     *_, (_, x, _) = ddpm.trajectory(f, g["ddim10_noise"], steps, solver,
-                                    noise=lambda i: g["ddpm8_step_noise"][i])
+                                    noise=lambda i: g["ddpm8_step_noise"][i], spacing=spacing)
     close(x, g[f"{solver}{steps}_out"], 1e-3)
 
 
