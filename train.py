@@ -7,10 +7,10 @@
     torchrun --nproc-per-node 8 train.py --model ditmoe --size XL/2 --data latents/ --fsdp
 
 From top to bottom: the recipes, main() with the loop, the batches, one update, the moving average,
-saving, the start of a run, the options. What a paper trains differently is a function of its own
-file, which the loop calls if it is there: loss(), param_groups(), from_dense(), update_buffers().
-Of the aux that a model returns, entries named *_loss are added to the loss, and entries named
-*_stat go to update_buffers().
+saving, the start of a run, the options. What a paper trains differently is in its model file: the
+functions loss(), param_groups() and from_dense() and the method update_buffers(), each used if it
+exists. Of the aux that a model returns, entries named *_loss are added to the loss, and entries
+named *_stat go to update_buffers().
 
 Every random number is keyed by (seed, step, name) and by the image's place in the global batch
 (diffusion.StepRNG). So a run that was killed and resumed, or that is spread over more processes,
@@ -22,7 +22,6 @@ import math
 import os
 import sys
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,22 +31,25 @@ import torch.nn as nn
 
 import common.checkpoint as ckpt
 from common.cli import Parser, UserError, number, run_program
-from common.config import make_config, make_diffusion
+from common.config import check_parent, make_config, make_diffusion
 from common.distributed import (
-    StopSignal, average_over_ranks, checkpoint_blocks, full_tensor, init_distributed, on_all_ranks,
-    sync_gradients, to_device, tune_device, wants_bf16, wrap)
-from common.files import write_grid
+    StopSignal, average_over_ranks, full_tensor, init_distributed, on_all_ranks, sync_gradients,
+    tune_device, wants_bf16, wrap)
+from common.models import make_models
+from common.muon import Muon, hidden_matrices
 from common.progress import Progress, count, diverged
 from data import load as load_data
+from data.ahead import fetch_readable, read_ahead
 from diffusion import DDPM, StepRNG, make_generator
-from sample import generate
+from sample import write_sheet
 
-TINY = dict(steps=1800, batch=32, lr=3e-3, warmup=100, cooldown=0.5, beta2=0.99, ema=0.995,
-            clip=1.0, save_every=500, log_every=100, sample_every=1000)     # a laptop, minutes
-TUNE = dict(TINY, steps=400, lr=1e-3, warmup=20, ema=0.98,                  # --tiny with --init:
-            save_every=200, sample_every=400)                               # fewer steps
-PAPER = dict(steps=400_000, batch=256, lr=1e-4, warmup=0, cooldown=0.0, beta2=0.999, ema=0.9999,
-             clip=0.0, save_every=5000, log_every=100, sample_every=0)      # DiT's recipe
+TINY = dict(steps=1200, batch=32, lr=3e-3, muon_lr=8e-3, warmup=100, cooldown=0.5, beta2=0.99,
+            ema=0.995, clip=1.0, save_every=400, log_every=100, sample_every=400,
+            ddpm=dict(schedule="cosine", predict="v"))  # a laptop, minutes
+TUNE = dict(TINY, steps=400, lr=1e-3, muon_lr=0.0, warmup=20, ema=0.98, save_every=200,
+            sample_every=400)                           # --tiny with --init
+PAPER = dict(steps=400_000, batch=256, lr=1e-4, muon_lr=0.0, warmup=0, cooldown=0.0, beta2=0.999,
+             ema=0.9999, clip=0.0, save_every=5000, log_every=100, sample_every=0, ddpm={})  # DiT's
 MAX_SKIPPED = 20                                        # skipped updates in a row before giving up
 
 
@@ -57,15 +59,17 @@ def main(argv):
         return dry_run(args)
     run = set_up(args)                                  # all input is validated by now
     model, ema, diffusion, data, device = run.model, run.ema, run.diffusion, run.data, run.device
-    progress, stop, skipped = Progress(run), StopSignal(run.world_size), 0
+    progress, stop, skipped = Progress(run), StopSignal(), 0
     if run.start >= args.steps:
         return progress.nothing_to_do()
-    reader = ThreadPoolExecutor(1)                      # reads the next batch while this one trains
-    fetch = functools.partial(get_batches, args, data, model.cfg, run.rank, run.world_size)
-    ahead = reader.submit(fetch, run.start)
+    on_gpu = device.type == "cuda"
+    fetch = functools.partial(get_batches, args, data, model.cfg, run.rank, run.world_size,
+                              pin=on_gpu)
 
-    for step in range(run.start, args.steps):
-        batches, ahead = ahead.result(), reader.submit(fetch, step + 1)
+    # The next batches are read while this one trains. If reading fails, `save` saves first.
+    save = functools.partial(save_and_show, run, fetch, progress, ok=True, halt=True)
+    steps = range(run.start, args.steps)
+    for step, batches in read_ahead(fetch, steps, run.world_size, save, 4 if on_gpu else 1):
         losses, stats = defaultdict(float), defaultdict(float)
         for i, (rows, y, rng) in enumerate(batches):    # one batch, or --accum parts of it
             x0, y, rng = prepare(data, rows, y, rng, device)
@@ -80,8 +84,8 @@ def main(argv):
 
         # Skip the update if a loss or a gradient is NaN or infinite: one such update would make
         # all weights NaN.
-        grad_norm = clip_gradients(args.clip, model, diffusion, run.world_size)
-        ok = all_finite(grad_norm, losses, diffusion, run.world_size)
+        grad_norm, ok, halt = clip_gradients(args.clip, model, losses, diffusion, run.world_size,
+                                             stop.received)
         if ok:
             for optimizer, peak_lrs in run.optimizers:
                 for group, peak in zip(optimizer.param_groups, peak_lrs):
@@ -98,11 +102,9 @@ def main(argv):
         progress.step(run.done, losses, grad_norm, ok)
         if skipped == MAX_SKIPPED:
             raise diverged(run, f"the loss or gradient was not finite in {skipped} steps in a row")
-        halt = stop.requested(run.done)
         save_and_show(run, fetch, progress, ok, halt)
         if halt:
             break
-    reader.shutdown(cancel_futures=True)
     return progress.end(halt)
 
 
@@ -121,7 +123,7 @@ def lr_multiplier(args, step):
 # ------------------------------------------------------------------------ batches
 
 
-def get_batches(args, data, cfg, rank, world_size, step):
+def get_batches(args, data, cfg, rank, world_size, step, pin=False):
     """-> [(rows, y, rng), ...], one entry per --accum: this process's part of each.
 
     The step's batch is cut into --accum parts first and each part into one share per process, so
@@ -132,17 +134,19 @@ def get_batches(args, data, cfg, rank, world_size, step):
         places = part.chunk(world_size)[rank]
         rng = StepRNG(args.seed, step, args.batch, places)
         rows, y = data.fetch(ids[places], rng)
-        dropped = rng.uniform("forget") < args.drop     # without labels: guidance needs these, too
+        dropped = rng.uniform("forget") < args.drop     # guidance needs predictions without a label
         y = y.clamp(max=cfg.classes)                    # a model with classes = 0 has one label, 0
-        batches.append((rows, torch.where(dropped, cfg.classes, y), rng))
+        y = torch.where(dropped, cfg.classes, y)
+        if pin:                                         # then a copy to the GPU does not wait
+            rows, y = rows.pin_memory(), y.pin_memory()
+        batches.append((rows, y, rng))
     return batches
 
 
 def prepare(data, rows, y, rng, device):
     """What was read -> x0 (B, C, S, S) float32, y (B,) and the random numbers, on the device."""
-    rng = rng.to(device)
     rows, y = rows.to(device, non_blocking=True), y.to(device, non_blocking=True)
-    return data.decode(rows, rng), y, rng
+    return data.decode(rows, rng.to(device)), y, rng.to(device)
 
 
 def shuffled_ids(n, seed, start, stop):
@@ -167,39 +171,42 @@ def add_to(sums, terms, parts):
 
 
 def make_optimizers(args, module, model, diffusion, device):
-    """-> [(optimizer, its peak learning rates)]: of the model, and of the diffusion if that has
-    weights (--weighting ant-uw)."""
-    learned = [p for p in model.parameters() if p.requires_grad]
-    groups = module.param_groups(model, args.lr) if hasattr(module, "param_groups") else learned
-    fused = device.type in ("cpu", "cuda")
-    made = [torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0,
-                              fused=fused)]
-    if list(diffusion.parameters()):
-        made.append(torch.optim.AdamW(diffusion.param_groups(), fused=fused))
+    """-> [(optimizer, its peak learning rates)]: AdamW for the model, Muon for the matrices of its
+    blocks if --muon-lr is not 0, AdamW for the diffusion if it has weights (ant-uw)."""
+    matrices = hidden_matrices(model) if args.muon_lr else []
+    taken, learned = set(matrices), [p for p in model.parameters() if p.requires_grad]
+    groups = module.param_groups(model, args.lr) if hasattr(module, "param_groups") else [
+        dict(params=learned)]
+    groups = [g | dict(params=[p for p in g["params"] if p not in taken]) for g in groups]
+    adamw = functools.partial(torch.optim.AdamW, fused=device.type in ("cpu", "cuda"))
+    made = [adamw(groups, lr=args.lr, betas=(0.9, args.beta2), weight_decay=0.0)]
+    made += [Muon(matrices, args.muon_lr)] if matrices else []
+    made += [adamw(diffusion.param_groups())] if list(diffusion.parameters()) else []
     return [(o, [g["lr"] for g in o.param_groups]) for o in made]
 
 
-def clip_gradients(limit, model, diffusion, world_size):
-    """Scale the model's gradients so that their norm is at most `limit` (0: no limit) -> their norm
-    before. clip_grad_norm_ would read and write all gradients even when there is nothing to cut."""
+def clip_gradients(limit, model, losses, diffusion, world_size, stop=False):
+    """Scale the model's gradients so that their norm is at most `limit` (0: no limit).
+
+    -> their norm before; are the losses and gradients of all processes finite? was one of them told
+    to stop? Losses and stop are added over processes in one message, so that all decide alike. This
+    is the only place where a step waits for the GPU, and it waits once."""
     for p in diffusion.parameters():                    # small, and not in DDP: averaged here
         if world_size > 1:
             dist.all_reduce(p.grad)
             p.grad /= world_size
     norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    if limit and full_tensor(norm) > limit:
-        nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
-    return full_tensor(norm)
-
-
-def all_finite(grad_norm, losses, diffusion, world_size):
-    """Are the losses and gradients of all processes finite? The losses are added over processes, so
-    that all decide alike. Only here and in clip_gradients a step waits for the GPU."""
-    total = sum(losses.values())
+    whole, total = full_tensor(norm), sum(losses.values())
+    sums = torch.stack([total, torch.full_like(total, float(stop))])
     if world_size > 1:
-        dist.all_reduce(total)
-    total = total + sum(p.grad.sum() for p in diffusion.parameters())
-    return bool((grad_norm + 0 * total).isfinite())
+        dist.all_reduce(sums)
+    # 0 * NaN and 0 * inf are NaN: the result is finite only if all of them are.
+    numbers = whole + 0 * (sums[0] + sum(p.grad.sum() for p in diffusion.parameters()))
+    ok, stop, cut = torch.stack(
+        [numbers.isfinite(), sums[1] > 0, whole > (limit or math.inf)]).tolist()
+    if ok and cut:              # clip_grad_norm_ would multiply by 1 if there is nothing to cut
+        nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm)
+    return whole, ok, stop
 
 
 # ------------------------------------------------------------------------ the moving average
@@ -217,14 +224,15 @@ def update_ema(ema, model, decay):
 def recalibrate_buffers(run, fetch, batches=16):
     """Let the average's own buffers that learn (Race-DiT's threshold tau) learn from some batches.
 
-    Copied from the model they do not fit: averaged routers give less extreme scores, and with the
-    model's tau a token would get 6 % fewer experts (measured)."""
+    The model's values would not fit the average: averaged routers give less extreme scores, so that
+    with the model's tau a token would get 6 % fewer experts (measured)."""
     for b in run.ema.buffers():
-        b.fill_(math.nan)                               # the next update replaces the value
+        b.fill_(math.nan)                               # no value yet: the next is taken as it is
     stats = defaultdict(float)
     run.ema.train()
     for i in range(batches):
-        batch = prepare(run.data, *fetch(run.done + i)[0], run.device)
+        parts = fetch_readable(fetch, run.done + i, run.done - 1)
+        batch = prepare(run.data, *parts[0], run.device)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.bf16):
             _, aux = run.loss(run.diffusion, run.ema, *batch[:2], run.done, batch[2])
         add_to(stats, {k: v for k, v in aux.items() if k.endswith("_stat")}, batches)
@@ -250,10 +258,11 @@ def save_and_show(run, fetch, progress, ok, halt):
             raise diverged(run, "the weights are no longer finite")
         ckpt.save_run(run)
     if to_show and not run.data.latent:
-        labels = torch.arange(10).repeat(4) % max(run.ema.cfg.classes, 1)
-        x = generate(run.ema, run.diffusion, labels, seed=args.seed)    # always of the same noise
         file = args.out / "samples" / f"step_{done:07d}.png"
-        on_all_ranks(lambda: run.rank == 0 and write_grid(file, x, columns=10), run.world_size)
+        on_all_ranks(lambda: write_sheet(file if run.rank == 0 else None, run.ema, run.diffusion,
+                                         args.seed, args.drop, args.amp), run.world_size)
+        if args.fsdp:                                   # a forward leaves the root's weights whole
+            run.ema.reshard()
 
 
 # ------------------------------------------------------------------------ the start of a run
@@ -262,15 +271,15 @@ def save_and_show(run, fetch, progress, ok, halt):
 def set_up(args):
     """Read, check and build everything -> the run, a namespace of what main() needs."""
     rank, world_size, device = init_distributed(args.device)
-    tune_device(device, training=True)
+    tune_device(device, training=True, deterministic=args.deterministic)
     module = importlib.import_module(args.model)
     previous = ckpt.detect_previous_run(args, rank, world_size)
     saved, dense, diffusion, data, cfg = on_all_ranks(
         lambda: read_inputs(args, module, device, previous), world_size)
-    model, ema = make_models(args, module, cfg, dense, device)
+    model, ema = make_models(args, module, cfg, dense, rank, world_size, device)
     run = SimpleNamespace(
         args=args, rank=rank, world_size=world_size, device=device, data=data, diffusion=diffusion,
-        model=model, ema=ema, net=wrap(model, args.compile, args.fsdp),     # net: compiled, in DDP
+        model=model, ema=ema, net=wrap(model, args.fsdp),       # the model, or DDP around it
         loss=getattr(module, "loss", default_loss), bf16=wants_bf16(args.amp, device),
         optimizers=make_optimizers(args, module, model, diffusion, device), start=0, due=False)
     if saved:
@@ -289,40 +298,23 @@ def read_inputs(args, module, device, previous):
     saved = ckpt.read_checkpoint(last, with_weights=False) if args.resume and previous else None
     dense = ckpt.read_checkpoint(args.init) if args.init and not saved else None
     diffusion = make_diffusion(args, saved or dense).to(device)
-    data = open_data(args, saved or dense)
+    data = open_data(args, saved or dense, moved=saved)
+    ckpt.check_source(data.source)
     cfg = make_config(args, module, diffusion, data, saved or dense)
     if saved:
         ckpt.check_same_run(args, saved, cfg, diffusion, data)
+    if dense:
+        check_parent(args, dense, cfg)
     return saved, dense, diffusion, data, cfg
 
 
-def open_data(args, before):
-    """--data, else the data of the checkpoint to continue from, else digits."""
-    was = before["data"] if before and not args.data else {}
+def open_data(args, before, moved=False):
+    """--data (moved: where the checkpoint's data are now), else the checkpoint's, else digits."""
+    was = before["data"] if before and (moved or not args.data) else {}
+    share = was.get("hold_out") if args.hold_out is None else args.hold_out
     return load_data(args.data or was.get("source", "digits"), "train",
-                     args.latent_kind or was.get("latent_kind"), args.image_size or was.get("size"))
-
-
-def make_models(args, module, cfg, dense, device):
-    """The model and its moving average, with the same weights on every process."""
-    torch.manual_seed(args.seed)
-    try:
-        if dense and hasattr(module, "from_dense"):
-            model = module.from_dense(dense["ema"], cfg)
-        else:
-            model = module.Model(cfg)
-            if dense:
-                model.load_state_dict(dense["ema"])
-    except (RuntimeError, ValueError) as error:
-        what = f"--init {args.init}: cannot start from it: " if dense else ""
-        raise UserError(f"{args.model}: {what}{' '.join(str(error).split())[:300]}") from None
-    model = to_device(model.train(), device, args.fsdp, args.amp)
-    ema = module.Model(model.cfg).eval().requires_grad_(False)
-    ema = to_device(ema, device, args.fsdp, args.amp)
-    ema.load_state_dict(model.state_dict())
-    if args.checkpointing:
-        checkpoint_blocks(model)
-    return model, ema
+                     args.latent_kind or was.get("latent_kind"), args.image_size or was.get("size"),
+                     share, tuple(was.get("names", ())))
 
 
 def dry_run(args):
@@ -347,15 +339,20 @@ def parse_args(argv):
     add("--data", help="digits (default) | mnist | fashion-mnist | cifar10 | a folder")
     add("--latent-kind", help="layout of a folder of latents that could be read in two ways")
     add("--image-size", type=count, help="side to which images of a folder are cropped")
+    add("--hold-out", type=real, help="share of a folder that is for testing (about 0.1; 0: none)")
     add("--path", choices=("rf", "ddpm"), help="rectified flow (default) or DDPM")
     add("--times", choices=("uniform", "logit-normal"), help="rf: how training draws t")
-    add("--schedule", choices=("linear", "cosine"), help="ddpm: noise schedule")
-    add("--weighting", choices=("none", "min-snr", "p2", "ant-uw"), help="ddpm: of the loss at t")
+    add("--schedule", choices=("linear", "cosine"),
+        help="ddpm: noise schedule (linear; --tiny: cosine)")
+    add("--predict", choices=("eps", "v"), help="ddpm: what the network predicts (eps; --tiny: v)")
+    add("--weighting", choices=("none", "min-snr", "p2", "ant-uw"),
+        help="ddpm: weight of the loss at each t")
     add("--gamma", type=real, help="of min-snr (5) and p2 (1)")
     add("--clusters", type=number(int, 1, DDPM.T), help="of ant-uw (8)")
     add("--steps", type=count)
     add("--batch", type=number(int, 1, 1 << 20), help="images per step, over all processes")
     add("--lr", type=real)
+    add("--muon-lr", type=real, help="lr of Muon for the blocks' matrices; 0: AdamW for all")
     add("--warmup", type=natural, help="steps until the full learning rate")
     add("--cooldown", type=number(float, 0, 1), help="share of steps in which the lr falls to 0")
     add("--beta2", type=number(float, 0, 0.9999999), help="of AdamW")
@@ -365,11 +362,12 @@ def parse_args(argv):
     add("--seed", type=number(int, 0, 2**63 - 1), default=0)
     add("--out", type=Path, help="folder (default: runs/MODEL)")
     add("--resume", action="store_true", help="continue from OUT/last.pt, if it is there")
-    add("--init", type=Path, help="start from the weights of this dense checkpoint")
+    add("--init", type=Path, help="start from this checkpoint: a dense DiT, or the same model")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE",
         help="any field of the model's Config")
     add("--amp", choices=("auto", "off", "bf16"), default="auto")
-    add("--compile", action="store_true")
+    add("--compile", action="store_true", help="compile the blocks")
+    add("--deterministic", action="store_true", help="GPU: the same bits in each run, slower")
     add("--accum", type=count, default=1, help="forward passes per step")
     add("--fsdp", action="store_true", help="shard the weights over torchrun's processes")
     add("--sharded-save", action="store_true", help="every process saves its own part")
@@ -383,7 +381,7 @@ def parse_args(argv):
     if args.tiny == bool(args.size):
         raise UserError("give either --tiny or --size S/2")
     for name, value in (PAPER if args.size else TUNE if args.init else TINY).items():
-        if getattr(args, name) is None:
+        if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.out = args.out or Path("runs") / args.model
     world_size = int(os.environ.get("WORLD_SIZE", 1))

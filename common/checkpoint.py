@@ -15,15 +15,17 @@ on any number of processes."""
 
 import importlib
 import io
+import itertools
 import math
 import os
 import pickle
 import re
 import shutil
+import unicodedata
 import warnings
 import zipfile
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -35,15 +37,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict)
 
 from common.cli import UserError
-from common.config import check_sizes
+from common.config import check_config
 from common.distributed import from_rank_0, on_all_ranks
 from common.files import write_atomic
+from common.muon import Muon
 from diffusion import DDPM, DIFFUSIONS
 
 MODELS = ("dit", "ditmoe", "racedit", "dydit", "dtr")
 FORMAT = 1
 GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)     # one file, many GPUs
-RECIPE = ("seed", "batch", "lr", "warmup", "cooldown", "beta2", "ema", "clip", "drop")
+RECIPE = ("seed", "batch", "lr", "muon_lr", "warmup", "cooldown", "beta2", "ema", "clip", "drop")
 RENAMED_FIELDS = {"dydit": dict(hold="anneal_start", ramp="anneal_steps", quiet="hard_gates_from",
                                 complete="full_model_steps")}           # of older checkpoints
 
@@ -57,37 +60,45 @@ def save_run(run):
     All processes must call it: FSDP gathers weights from all of them, or with --sharded-save every
     process writes its part. Raises UserError if the disk is full."""
     args, data, file = run.args, run.data, run.args.out / "last.pt"
-    (optimizer, _), *others = run.optimizers
+    ours = [o for o, _ in run.optimizers]
+    others = ours[len(of_model(ours, run.diffusion)):]
     path = dict(kind=run.diffusion.kind, options=run.diffusion.options,
-                weights=run.diffusion.state_dict(), optimizer=[o.state_dict() for o, _ in others])
+                weights=run.diffusion.state_dict(), optimizer=[o.state_dict() for o in others])
     content = dict(
         format=FORMAT, name=args.model, config=asdict(run.model.cfg), step=run.done, path=path,
-        data=dict(source=data.source, names=list(data.names), latent=data.latent,
-                  latent_kind=args.latent_kind, size=args.image_size),
-        recipe={k: vars(args)[k] for k in RECIPE})
+        data=data.about(), recipe={k: vars(args)[k] for k in RECIPE})
     if args.sharded_save:
-        content |= write_shards(run, optimizer)
+        content |= write_shards(run, of_model(ours, run.diffusion))
     else:
-        content |= training_state(run.model, run.ema, optimizer, GATHERED)
+        content |= training_state(run.model, run.ema, of_model(ours, run.diffusion), GATHERED)
     on_all_ranks(lambda: run.rank == 0 and write_checkpoint(file, content), run.world_size)
     on_all_ranks(lambda: run.rank == 0 and delete_unused_shards(args.out), run.world_size)
 
 
-def training_state(model, ema, optimizer, options=None):
+def of_model(optimizers, diffusion):
+    """The model's optimizers: all but the last one if the diffusion has weights of its own."""
+    return optimizers[:-1] if list(diffusion.parameters()) else optimizers
+
+
+def training_state(model, ema, optimizers, options=None):
+    new = [o for o in optimizers if not o.state]
+    moments = get_optimizer_state_dict(model, optimizers, options=options)
+    for state in [moments.get("state", {}), *(o.state for o in new)] if new else ():
+        for own in state.values():                      # torch made it by a step with gradients
+            own.get("step", torch.zeros(())).zero_()    # of 0, and counted this step
     return dict(model=get_model_state_dict(model, options=options),
-                ema=get_model_state_dict(ema, options=options),
-                optimizer=get_optimizer_state_dict(model, optimizer, options=options))
+                ema=get_model_state_dict(ema, options=options), optimizer=moments)
 
 
 def write_checkpoint(file, content):
     write_atomic(file, lambda f: torch.save(content, f))
 
 
-def write_shards(run, optimizer):
+def write_shards(run, optimizers):
     """Every process writes its part of every tensor into a new folder -> what last.pt must hold
     besides. The folder counts only once last.pt, which is written after it, names it."""
     name = from_rank_0(f"shards-{run.done:07d}-{os.urandom(3).hex()}", run.world_size)
-    state, out = training_state(run.model, run.ema, optimizer), run.args.out
+    state, out = training_state(run.model, run.ema, optimizers), run.args.out
     groups = state["optimizer"].pop("param_groups")     # plain numbers: they go into last.pt
     try:
         with no_warnings():                             # dcp warns if there is only one process
@@ -167,24 +178,24 @@ def restore(file, content, model, ema, optimizers, diffusion):
     at which it stopped. Raises UserError if the checkpoint does not fit them."""
     settings = [[{k: v for k, v in group.items() if k not in ("params", "lr")}
                  for group in optimizer.param_groups] for optimizer in optimizers]
-    state, options = content, GATHERED
+    state, options, ours = content, GATHERED, of_model(optimizers, diffusion)
     try:
         with no_warnings():
             if "shards" in content:                     # any number of processes may have written
-                state, options = training_state(model, ema, optimizers[0]), None
+                state, options = training_state(model, ema, ours), None
                 del state["optimizer"]["param_groups"]
                 dcp.load(state, storage_reader=Shards(file.parent, content["shards"]))
                 state["optimizer"]["param_groups"] = content["groups"]
             set_model_state_dict(model, state["model"], options=options)
             set_model_state_dict(ema, state["ema"], options=options)
             state["optimizer"]["param_groups"][0]       # torch would accept a state without groups
-            set_optimizer_state_dict(model, optimizers[0], state["optimizer"], options=options)
+            set_optimizer_state_dict(model, ours, state["optimizer"], options=options)
             diffusion.load_state_dict(content["path"]["weights"])
-            for optimizer, saved in zip(optimizers[1:], content["path"]["optimizer"]):
+            for optimizer, saved in zip(optimizers[len(ours):], content["path"]["optimizer"]):
                 optimizer.load_state_dict(saved)
-            for optimizer, ours in zip(optimizers, settings):
+            for optimizer, given in zip(optimizers, settings):
                 check_moments(optimizer)
-                for group, setting in zip(optimizer.param_groups, ours, strict=True):
+                for group, setting in zip(optimizer.param_groups, given, strict=True):
                     group |= setting                    # betas and the like come from this run
     except (OSError, LookupError, TypeError, AttributeError, ValueError, RuntimeError,
             CheckpointException) as error:
@@ -195,14 +206,40 @@ def restore(file, content, model, ema, optimizers, diffusion):
 
 def check_same_run(args, content, cfg, diffusion, data):
     """--resume continues a run; it must not turn it into another one. Raises UserError."""
-    theirs = dict(content["config"], model=content["name"], data=content["data"]["source"],
-                  **content["path"]["options"], **content.get("recipe", {}))
-    ours = dict(asdict(cfg), model=args.model, data=data.source, **diffusion.options,
+    theirs = dict(content["config"], model=content["name"], **content["path"]["options"],
+                  **(dict(muon_lr=0.0) | content.get("recipe", {})))
+    ours = dict(asdict(cfg), model=args.model, **diffusion.options,
                 **{k: vars(args)[k] for k in RECIPE})
     for k in theirs:
         if ours.get(k, theirs[k]) != theirs[k]:
             raise UserError(f"--resume: {k} was {theirs[k]}, now {ours[k]}; keep it or change "
                             "--out")
+    check_same_data(content["data"], data.about())
+
+
+def check_same_data(theirs, ours):
+    """The data of --resume must be those that the run began with. Their folder may have moved, and
+    a tenth of the files may have been mended: then the names are the same, not the sizes. Older
+    checkpoints know no fingerprint, so their folder must not have moved. Raises UserError."""
+    keys = dict(names="classes", hold_out="--hold-out", count="number of training images",
+                kind="kind of latents", scale="scale of the latents", shift="shift of the latents")
+    old = dict(source="folder", latent_kind="--latent-kind", names="classes")
+    for k, what in (keys if "fingerprint" in theirs else old).items():
+        was, now = theirs.get(k, ours[k]), ours[k]
+        if k == "names" and was and was != now:         # only those that differ
+            was, now = ([n for n in a if n not in b][:5] or "in another order"
+                        for a, b in ((was, now), (now, was)))
+        if was != now and was != []:
+            raise UserError(f"--resume: {what} of {ours['source']}: was {was}, now {now}; keep it "
+                            "or change --out")
+    if theirs.get("fingerprint", ours["fingerprint"]) != ours["fingerprint"]:
+        raise UserError(f"--resume: the files of {ours['source']} have other names or labels than "
+                        "when the run began; keep them or change --out")
+    pairs = list(zip(theirs.get("sizes", ""), ours["sizes"]))
+    changed = sum(a != b for a, b in pairs)
+    if changed > max(1, len(pairs) // 10):
+        raise UserError(f"--resume: {changed} of {len(pairs)} files of {ours['source']} have "
+                        "another size than when the run began; keep them or change --out")
 
 
 def detect_previous_run(args, rank, world_size):
@@ -220,10 +257,14 @@ def prepare_run_dir(args, previous_run):
         for part in (*args.out.glob("last.pt.*.tmp"), *args.out.glob("metrics.jsonl.*.tmp")):
             part.unlink()                               # of a run that was killed while it wrote
         if previous_run and not args.resume:
-            for name in ("metrics.jsonl", "last.pt"):
+            names = ("metrics.jsonl", "samples", "last.pt")
+            numbers = (f"previous_{n}_" for n in itertools.count(2))        # after previous_
+            free = next(start for start in itertools.chain(["previous_"], numbers)
+                        if not any((args.out / f"{start}{name}").exists() for name in names))
+            for name in names:
                 if (args.out / name).exists():
-                    os.replace(args.out / name, args.out / f"previous_{name}")
-            print(f"an earlier run in {args.out} was kept as previous_last.pt", flush=True)
+                    os.replace(args.out / name, args.out / f"{free}{name}")
+            print(f"the earlier run in --out was kept as {free}last.pt", flush=True)
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from None
 
@@ -286,7 +327,9 @@ def is_plain(t, device="cpu"):
 
 TYPES = dict(name=str, config=dict, path=dict, data=dict, step=int, optimizer=dict, recipe=dict)
 DATA_TYPES = dict(source=str, names=list, latent=bool, latent_kind=(str, type(None)),
-                  size=(int, type(None)))
+                  size=(int, type(None)), scale=(float, type(None)), shift=float,
+                  kind=(str, type(None)), count=int, hold_out=(float, type(None)), sizes=str,
+                  fingerprint=str)
 
 
 def check_content(content, file):
@@ -301,8 +344,11 @@ def check_content(content, file):
                 raise UserError(f"{k} is a {type(table[k]).__name__}")
     if content["name"] not in MODELS:
         raise UserError("unknown model")
-    if not content["data"]["source"].isprintable() or content.get("step", 0) < 0:
-        raise UserError("impossible step or source")
+    check_source(content["data"]["source"])
+    scale, shift = content["data"].get("scale"), content["data"].get("shift", 0.0)
+    if content.get("step", 0) < 0 or not (scale is None or 0 < scale <= 1e30) or not (
+            abs(shift) <= 1e30):
+        raise UserError("impossible step, scale or shift")
     if any(k not in RECIPE or type(v) not in (int, float) for k, v in content.get(
             "recipe", {}).items()):
         raise UserError("recipe")
@@ -318,19 +364,11 @@ def check_content(content, file):
     check_weights(content, cfg, file)
 
 
-def check_config(name, config):
-    """-> the Config of a model, or an error; every value has its field's type and a sane size."""
-    module = importlib.import_module(name)
-    types = {f.name: type(f.default) for f in fields(module.Config)}
-    for k, v in config.items():
-        kind = types.get(k)
-        if type(v) is not kind and (kind, type(v)) != (float, int):
-            raise UserError(f"config: {k} is a {type(v).__name__}")
-        if kind in (int, float) and not abs(v) <= 1e7:
-            raise UserError(f"config: {k} is out of range")
-    cfg = module.Config(**config)
-    check_sizes(cfg)
-    return cfg
+def check_source(source):
+    """Programs print where images came from: no character of it may command the terminal. Spaces of
+    every width are fine. Training asks here, too, before its first step. Raises UserError."""
+    if not all(c.isprintable() or unicodedata.category(c) == "Zs" for c in source):
+        raise UserError(f"source {ascii(source)[:200]}: this name cannot be printed")
 
 
 def check_weights(content, cfg, file):
@@ -358,8 +396,10 @@ def check_weights(content, cfg, file):
 
 def check_moments(optimizer):
     """The fused AdamW trusts shapes: it would read and write beyond a moment that is too small."""
+    muon = isinstance(optimizer, Muon)
+    moments = ["momentum_buffer"] if muon else ["exp_avg", "exp_avg_sq"]
     for p, state in optimizer.state.items():
-        for k, wanted in (("exp_avg", p), ("exp_avg_sq", p), ("step", torch.zeros(()))):
+        for k, wanted in [(k, p) for k in moments] + ([] if muon else [("step", torch.zeros(()))]):
             v = state[k]
             if (v.shape, v.dtype, v.layout) != (wanted.shape, wanted.dtype, torch.strided):
                 raise ValueError(k)

@@ -1,10 +1,19 @@
 """From the command line to the Config of a model and to the diffusion."""
 
 import importlib
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+
+import torch
 
 from common.cli import UserError
 from diffusion import DIFFUSIONS
+
+COUNTS = ("_seed", "_steps", "_start", "_from")         # ends of fields that make nothing larger
+# Fields that only training reads: with another value, a model still computes the same.
+TRAINING_FIELDS = {
+    "ditmoe": ("alpha", "scope"), "racedit": ("momentum", "sim", "plr", "balance", "pool"),
+    "dydit": ("target", "weight", "anneal_steps", "anneal_start", "full_model_steps",
+              "hard_gates_from", "tau", "router_lr")}
 
 
 def make_diffusion(args, before):
@@ -15,12 +24,14 @@ def make_diffusion(args, before):
     if before and kind != was["kind"]:
         raise UserError(f"--path {kind}, but {args.init or args.out / 'last.pt'} was trained with "
                         f"{was['kind']}")
-    ddpm = ("schedule", "weighting", "gamma", "clusters")
+    ddpm = ("schedule", "weighting", "gamma", "clusters", "predict")
     given = {k: vars(args)[k] for k in ("times", *ddpm) if vars(args)[k] is not None}
     for k in given:
         if (k in ddpm) != (kind == "ddpm"):
             raise UserError(f"--{k} is for --path {'ddpm' if k in ddpm else 'rf'}, not {kind}")
     old = was["options"]
+    if kind == "ddpm" and not before:                   # the recipe's defaults
+        given = args.ddpm | given
     if given.get("weighting", old.get("weighting")) != old.get("weighting"):
         old = {k: v for k, v in old.items() if k != "gamma"}        # each weighting has its own
     diffusion = DIFFUSIONS[kind](**(old | given))
@@ -40,10 +51,7 @@ def make_config(args, module, diffusion, data, before):
         cfg = replace(cfg, size=data.size, channels=data.channels, classes=data.classes)
     cfg = replace(cfg, learn_sigma=diffusion.kind == "ddpm")
     known = {f.name: f for f in fields(cfg)}
-    if before:                                          # of another model: DiT's own fields
-        same = before["name"] == args.model
-        keep = known if same else {f.name for f in fields(importlib.import_module("dit").Config)}
-        cfg = replace(cfg, **{k: v for k, v in before["config"].items() if k in keep})
+    cfg = replace(cfg, **kept_fields(args, before)) if before else cfg
     given = dict(parse_setting(s, known) for s in args.set)
     cfg = replace(cfg, **given)
     for name in ("size", "channels", "classes") if data else ():
@@ -51,8 +59,7 @@ def make_config(args, module, diffusion, data, before):
         if ours != theirs and not (name == "classes" and ours == 0):    # 0: without labels
             who = "--set says" if name in given else "the checkpoint was trained with"
             raise UserError(f"{name} of {data.source} is {theirs}, but {who} {ours}")
-    check_sizes(cfg)
-    return cfg
+    return check_config(args.model, asdict(cfg))
 
 
 def parse_setting(text, known):
@@ -67,6 +74,61 @@ def parse_setting(text, known):
         return key, kind(value)
     except (KeyError, ValueError):
         raise UserError(f"--set {text}: {key} must be of type {kind.__name__}") from None
+
+
+def kept_fields(args, before):
+    """-> what a checkpoint fixes of the Config: all of it, or of another model DiT's own fields."""
+    theirs = asdict(importlib.import_module(before["name"]).Config(**before["config"]))
+    dit = {f.name for f in fields(importlib.import_module("dit").Config)}
+    return {k: v for k, v in theirs.items() if before["name"] == args.model or k in dit}
+
+
+def check_parent(args, parent, cfg):
+    """--init: the new run must begin as the function that its parent, a checkpoint, computes. The
+    parent is of the same model, or a dense DiT. Raises UserError."""
+    who, child = f"--init {args.init}", importlib.import_module(args.model)
+    same, upcycles = parent["name"] == args.model, hasattr(child, "from_dense")
+    if not (same or is_dense(parent["name"], parent["config"])
+            and (upcycles or is_dense(args.model, asdict(cfg)))):
+        others = {"racedit": "", "dtr": " or, with --set beta=1, a dense DiT"}
+        raise UserError(f"{who}: cannot start from it: it is a {parent['name']}, {args.model} "
+                        f"needs another {args.model}{others.get(args.model, ' or a dense DiT')}")
+    free = TRAINING_FIELDS.get(args.model, ()) if getattr(cfg, "route", "") != "random" else ()
+    fixed = {k: v for k, v in kept_fields(args, parent).items() if k not in free}
+    if upcycles and not same:                           # from_dense may fix more: how experts look
+        try:
+            with torch.device("meta"):                  # allocates nothing
+                state = {k: w.to("meta") for k, w in parent["ema"].items()}
+                fixed = asdict(child.from_dense(state, replace(cfg, **fixed)).cfg)
+        except ValueError as error:
+            raise UserError(f"{who}: cannot start from it: {error}") from None
+    given = dict(parse_setting(s, {f.name: f for f in fields(cfg)}) for s in args.set)
+    for k in given:
+        if fixed.get(k, given[k]) != given[k]:
+            raise UserError(f"--set {k}={given[k]}: with {who}, {k} must be {fixed[k]}")
+
+
+def is_dense(name, config):
+    """Is this a plain DiT? A DTR is one if it reads all channels."""
+    return name == "dit" or (name == "dtr" and config.get("beta") == 1
+                             and config.get("route") != "given")
+
+
+def check_config(name, config):
+    """-> the Config of a model; every value has its field's type and a sane size. Training and
+    loading both ask here, so that what was trained can be loaded. Raises UserError."""
+    module = importlib.import_module(name)
+    types = {f.name: type(f.default) for f in fields(module.Config)}
+    for k, v in config.items():
+        kind = types.get(k)
+        if type(v) is not kind and (kind, type(v)) != (float, int):
+            raise UserError(f"config: {k} is a {type(v).__name__}")
+        most = 1e30 if kind is float else 2**63 - 1 if k.endswith(COUNTS) else 1e7
+        if kind in (int, float) and not abs(v) <= most:
+            raise UserError(f"config: {k} is out of range")
+    cfg = module.Config(**config)
+    check_sizes(cfg)
+    return cfg
 
 
 def check_sizes(cfg):

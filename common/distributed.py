@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel as DDP
@@ -29,6 +30,9 @@ def select_device(name=None):
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
         torch.zeros(1, device=device).item()            # fails on a device without numbers (meta)
+        # cuDNN's attention, torch's first choice on Hopper, has given wrong gradients and is not
+        # deterministic; this leaves the flash and the memory-efficient kernels.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         return device
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"--device {name}: not available on this machine") from None
@@ -40,8 +44,9 @@ def init_distributed(name=None):
     if "RANK" not in os.environ:
         return 0, 1, device
     if not dist.is_initialized():
-        nccl = device.type == "cuda"
-        dist.init_process_group("nccl" if nccl else "gloo", device_id=device if nccl else None)
+        on_gpu = device.type == "cuda"                  # what is no tensor is sent by the CPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+                                device_id=device if on_gpu else None)
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -84,8 +89,8 @@ def average_over_ranks(stats, world_size):
 class StopSignal:
     """Ctrl-C or SIGTERM: finish the step, save, leave. A second Ctrl-C leaves at once."""
 
-    def __init__(self, world_size):
-        self.world_size, self.received = world_size, False
+    def __init__(self):
+        self.received = False
         for s in (signal.SIGINT, signal.SIGTERM):
             signal.signal(s, self.receive)
 
@@ -93,15 +98,6 @@ class StopSignal:
         if self.received:
             raise KeyboardInterrupt
         self.received = True
-
-    def requested(self, step):
-        """Has any process been asked to stop? The processes agree on it every 10 steps."""
-        if self.world_size == 1 or step % 10:
-            return self.received and self.world_size == 1
-        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-        flag = torch.tensor(float(self.received), device=device)
-        dist.all_reduce(flag)
-        return flag.item() > 0
 
 
 # ------------------------------------------------------------------------ one model, many GPUs
@@ -118,10 +114,15 @@ def wants_bf16(amp, device):
     return device.type == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def tune_device(device, training=False):
+def tune_device(device, training=False, deterministic=False):
     """TF32 on GPUs that have it; on a CPU see tune_malloc(). Training uses one thread where there
-    are two cores: the many small products of experts were measured to be 1.3 times as fast."""
+    are two cores: the many small products of experts were measured to be 1.3 times as fast.
+
+    deterministic: the same bits in each run on a GPU, too, by kernels without atomic additions."""
     torch.set_float32_matmul_precision("high")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")     # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
     if device.type == "cpu":
         tune_malloc()
         if training and (os.cpu_count() or 1) <= 2:
@@ -139,12 +140,21 @@ def tune_malloc():
         pass                                            # another C library: nothing to tune
 
 
-def to_device(model, device, fsdp=False, amp="auto"):
-    """Move a model to the device. With FSDP each process keeps only its slice of every tensor, and
-    the model is moved block by block: the whole might not fit on one GPU."""
-    if fsdp:
-        shard(model, device, amp)
-    return model.to(device)
+def shard_from_rank_0(make, whole, device, amp):
+    """FSDP2 -> a model of which each process keeps its slice of every tensor on its device.
+
+    whole: the model on process 0, None elsewhere. make: its class."""
+    have = (whole.cfg, dict(whole.named_buffers())) if whole else None
+    cfg, buffers = from_rank_0(have, dist.get_world_size())
+    with torch.device("meta"):
+        model = make(cfg)
+    shard(model, device, amp)
+    model.to_empty(device=device)
+    set_model_state_dict(model, whole.state_dict() if whole else {},
+                         options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    for name, b in model.named_buffers():               # some are not part of the state dict
+        b.copy_(buffers[name])
+    return model
 
 
 def shard(model, device, amp):
@@ -161,20 +171,25 @@ def shard(model, device, amp):
         fully_shard(part, mesh=mesh, mp_policy=policy)
 
 
-def wrap(model, compile=False, fsdp=False):
-    """The network that training calls: compiled, in DDP, or the model itself. It has the same
-    weights as the model inside."""
-    net = torch.compile(model) if compile else model
-    if dist.is_initialized() and not fsdp:
-        with warnings.catch_warnings():                 # torch 2.13 renames broadcast_buffers
-            warnings.simplefilter("ignore", FutureWarning)
-            net = DDP(net, broadcast_buffers=False,     # train.py averages what buffers learn from
-                      gradient_as_bucket_view=True)     # gradients are sent from where they lie
-    return net
+def wrap(model, fsdp=False):
+    """The network that training calls: the model in DDP, or the model itself."""
+    if fsdp or not dist.is_initialized():
+        return model
+    with warnings.catch_warnings():                     # torch 2.13 renames broadcast_buffers
+        warnings.simplefilter("ignore", FutureWarning)
+        return DDP(model, broadcast_buffers=False,      # train.py averages what buffers learn from
+                   gradient_as_bucket_view=True)        # gradients are sent from where they lie
+
+
+def compile_blocks(model):
+    """Compile the blocks: all have the same code, so that one compilation serves all of them."""
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward)
 
 
 def checkpoint_blocks(model):
-    """Activation checkpointing: blocks compute their activations again in the backward pass."""
+    """Activation checkpointing: blocks compute their activations again in the backward pass. Call
+    it after compile_blocks()."""
     for block in model.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
@@ -183,7 +198,7 @@ def sync_gradients(net, model, now):
     """Average gradients over processes in the next backward pass, or only add them up locally."""
     if isinstance(net, DDP):
         net.require_backward_grad_sync = now
-    elif isinstance(model, FSDPModule):                 # net may be the compiled model
+    elif isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(now)
 
 

