@@ -30,10 +30,10 @@ Equations (x: the normed and modulated token that DiT's MLP would get: it knows 
 n_e is the number of tokens that chose e, out of k T pairs: f_e = 1 is a fair share. f is a count
 and therefore a constant; the gradient flows through p.
 
-Where the router's gradient comes from: choosing the top k has none. The router learns because its
-probabilities multiply the outputs of the chosen experts (and through the softmax all logits move),
-and from the balance loss. If the weights are renormalised and k = 1, the weight is always 1: then
-only the balance loss trains the router.
+Where the router's gradient comes from: the choice of the top k gives no gradient. Two things do.
+The probabilities multiply the outputs of the chosen experts, and through the softmax this reaches
+the logits of all experts. The balance loss is the other. If the weights are renormalised and k = 1,
+the weight is always 1: then only the balance loss trains the router.
 
 What the balance loss says at its extremes. Even counts: exactly 1, whatever the probabilities. All
 tokens choose the same k experts: E/k, but only if the probabilities have collapsed as well. If 2 of
@@ -55,10 +55,10 @@ A controlled study of MoE in SiT-XL (arXiv:2607.24665): FID 5.20 dense, 4.65 wit
 a shared expert in addition, which is thus worth 0.6 %.
 At initialisation the two chosen probabilities of E = 8 sum to about 0.43, so the routed experts
 begin with less than half of the weight of the shared ones.
-What we found (experiments/README.md has figures and commands): experts specialise by position, yes;
-by step and class: little, and alike on Fashion-MNIST. "Few experts early, all late" (Fig. 7): no,
-the concentration over the steps is U-shaped. With the balance loss every expert stayed in use; that
-proves something only beside a run with alpha = 0.
+What we found (experiments/README.md has figures and commands): experts specialise by position. By
+step and by class they specialise little; Fashion-MNIST gives the same result. We do not see "few
+experts early, all late" (Fig. 7): the concentration over the steps is U-shaped. With the balance
+loss every expert stayed in use; row M5 of the ledger compares this with alpha = 0.
 
 Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width,
 H heads, N depth, M of the N blocks have experts, E experts, k chosen per token, h width inside an
@@ -70,8 +70,8 @@ Where the paper and the official code (feizc/DiT-MoE) differ, and what we do
 - Expert: in the paper a GELU MLP (Eq. 4), in the official code a SwiGLU, 4D wide, without
   biases. Only the SwiGLU fits the paper's table of parameters: our default. expert=gelu: the MLP.
 - Shared experts: the official code has one SwiGLU, 2D wide, as we do. That is the same function as
-  n_s = 2 of width D, because the hidden channels of a SwiGLU add up. Each is a quarter as wide as a
-  routed expert. In the paper, n_s = 1, 2 and 4 differ little.
+  n_s = 2 of width D, because the hidden channels of a SwiGLU add up. A shared expert is D wide, a
+  routed one 4D (in TINY both are D). In the paper, n_s = 1, 2 and 4 differ little.
 - alpha: the paper tried 0, 0.005, 0.01, 0.05 and 0.5 and takes 0.005, as we do; the official code
   has 0.01, and stops with an error at 0.
 - Balance over which tokens: the paper counts one image (scope=image; we average over images), the
@@ -144,7 +144,8 @@ def balance_loss(probs, chosen, scope="batch"):
     """sum_e f_e p_e (Eq. 5), 1 if the counts are even; see the docstring above for the other end.
 
     probs (B, L, E), chosen (B, L, k) -> loss, and the share of all pairs that each expert got (E,).
-    Only counts are summed over processes: DDP averages gradients, and with them p."""
+    Counts must be summed over processes. p need not be: the loss is linear in p, and DDP averages
+    the gradients."""
     assigned = torch.zeros_like(probs).scatter(2, chosen, 1.0)                  # (B, L, E)
     count, p = assigned.sum(1), probs.mean(1)                                   # (B, E) each
     if scope == "batch":
@@ -169,7 +170,8 @@ def experts_loop(experts, x, token, expert, gate):
 class Router(nn.Module):
     """x (B, L, D) -> probs (B, L, E), a softmax over all experts.
 
-    In float32: in bf16 many probabilities would be equal. Its initial weights are uniform."""
+    In float32: in bf16 many probabilities would be equal, and the top k could not tell them apart.
+    Its matrix starts uniform in +-1/sqrt(D)."""
 
     full_precision = True                               # FSDP must not round these weights
 
@@ -342,6 +344,12 @@ class Experts(nn.Module):
             xavier(*stack)
 
     def forward(self, x, token, expert, gate):
+        if self.in_one_kernel(amp_dtype(x), x.device.type):
+            # On some GPUs the kernel's gradient is wrong for an expert without rows. So each expert
+            # gets one more pair: token 0 with gate 0, which adds nothing.
+            every = torch.arange(len(self.w1), device=x.device)
+            token = torch.cat([token, torch.zeros_like(every)])
+            expert, gate = torch.cat([expert, every]), torch.cat([gate, gate.new_zeros(len(every))])
         key, order = (expert * len(x) + token).sort()              # (R,)   by expert, then by token
         expert, token = key // len(x), key % len(x)
         ends = torch.searchsorted(expert, torch.arange(len(self.w1), device=x.device), right=True,
@@ -353,14 +361,18 @@ class Experts(nn.Module):
     def networks(self, z, ends, expert):
         """Row r of z (R, D) through the network of expert[r] -> (R, D)."""
         stacks = [w if w is None else w.to(z.dtype) for w in (self.w1, self.b1, self.w2, self.b2)]
-        if (z.dtype == torch.bfloat16 and z.device.type in ("cuda", "meta")
-                and all(n % 8 == 0 for n in self.w2.shape[1:])):    # the kernel's condition
+        if self.in_one_kernel(z.dtype, z.device.type):
             w1, b1, w2, b2 = stacks
             z = self.act(grouped_linear(z, w1, b1, ends, expert))       # nothing waits for the GPU
             return grouped_linear(z, w2, b2, ends, expert)
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()           # here the host waits for it
         weights = zip(*([None] * len(sizes) if w is None else w.unbind() for w in stacks))
         return torch.cat([self.one(*own) for own in zip(z.split(sizes), weights)])
+
+    def in_one_kernel(self, dtype, device):
+        """Whether F.grouped_mm can compute all experts at once: it wants widths in eights."""
+        return (dtype == torch.bfloat16 and device in ("cuda", "meta")
+                and all(n % 8 == 0 for n in self.w2.shape[1:]))
 
     def one(self, z, weights):
         """One expert's network, z (n, D) -> (n, D). A CPU prepares a bf16 product anew for every n
@@ -393,7 +405,8 @@ def grouped_linear(z, w, b, ends, expert):
 
 
 def xavier(*matrices):
-    """Xavier for each matrix by itself: the bounds of a stack would follow from the wrong sides."""
+    """Xavier for each matrix by itself: for a whole stack (E, in, out) it would take E for one of
+    the two widths."""
     for w in matrices:
         nn.init.xavier_uniform_(w)
 
@@ -564,7 +577,7 @@ def plain_macs(cfg):
 
 def linear_fp32(x, weight, bias=None):
     """A linear layer in float32 (float64 stays), also under autocast: routers decide by small
-    differences, which bf16 would round away."""
+    differences, which bf16 would round away. (A GPU may use TF32 for it: train.py allows that.)"""
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         return F.linear(x.to(wide), weight.to(wide), bias if bias is None else bias.to(wide))

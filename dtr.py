@@ -1,17 +1,17 @@
 """DTR, Denoising Task Routing.   Park et al. 2024 (ICLR), arXiv:2310.07138
 
 Question: one network denoises at a thousand noise levels. The paper calls them a thousand tasks
-that share all weights, and argues that they disturb each other. Can each task get some channels of
-its own without a new parameter? (adaLN already scales channels by t, but lets every task read all.)
+that share all weights, and argues that they disturb each other. Can tasks read different channels
+without a new parameter? (adaLN already scales channels by t, but lets every task read all.)
 
-1. Each task reads a window of the channels; the blocks see the other channels as 0. Every window
-   has the same width, a share beta of D.
+1. Each task reads a window of the channels (its open channels); its blocks see the other channels
+   (the closed ones) as 0. Every window has the same width, a share beta of D.
 2. From data to noise the window slides from the first channels to the last. Neighbouring tasks read
    nearly the same channels, because neighbouring noise levels are similar ("task affinity").
 3. The start of the window grows as t^alpha. With alpha = 4 it hardly moves near the data and moves
    fast near the noise: noisy tasks share fewer channels with their neighbours ("task weights").
-4. The mask limits what a block READS from the residual stream. What it WRITES goes to all channels,
-   so a channel that is closed to this task keeps its value and still receives updates.
+4. The mask limits what a block READS. The residual stream x itself is not masked, and what a block
+   WRITES is added to all channels, to the closed ones, too.
 5. DTR adds no parameter and no loss, and about 1 % of time. With beta = 1 it is DiT.
 
     channels ->         alpha = 1         alpha = 4         random routing ("R-TR", the control)
@@ -21,41 +21,43 @@ its own without a new parameter? (adaLN already scales channels by t, but lets e
               |         ...########.      .########...      #.#.####.##.
     t = 1     noise     ....########      ....########      ###..#.##.##       (here beta = 2/3)
 
-Equations, for task n = 0..T-1 (0: least noise), width D, W = floor(beta D) channels per window:
+Equations, for task n = 0..T-1 (0: least noise; n = round(t T), at most T - 1), width D, W = floor(
+beta D) open channels:
     start_n = round((D - W) (n / (T - 1))^alpha)        mask_n[c] = 1 if start_n <= c < start_n + W
     u = x * mask_n                                      the block reads u
     a = gate1 * Attention(modulate(LN(u)))
     b = gate2 * MLP(modulate(LN(u + a)))                the MLP sees a in closed channels, not x
     out = x + a + b                                     = x + (DiT's block(u) - u)
 LN averages over all D channels, zeros included; it enlarges the open ones by about 1 / sqrt(beta),
-so no rescaling as in dropout is needed. After LN and modulation a closed channel is not 0 but
-carries nothing of its own. Patch embedding, final layer and c are not masked. The loss is the
-diffusion's own; diffusion.py has the loss weightings that the paper combines DTR with (Min-SNR, P2,
-ANT-UW).
+so no rescaling as in dropout is needed. LN and shift make a closed channel nonzero again, but
+nothing of x's closed channels is in it; the MLP sees there a, the attention's output. Patch
+embedding, final layer and c are not masked. The loss is the diffusion's own; diffusion.py has the
+loss weightings that the paper combines DTR with (Min-SNR, P2, ANT-UW).
 
 Example: D = 384, beta = 0.8, alpha = 4, T = 1000. W = 307, and the window starts at channel 0, 0,
 5, 51, 77 for t = 0, .25, .5, .9, 1. There are 78 different windows for the 1000 tasks; the 284
 tasks with t <= 0.28 share the first one, and 230 channels (2 beta - 1 = 60 %) are read by every
 task.
 
-The paper's result: DiT-L/2 on ImageNet, guidance 1.5: FID 12.59, with random routing 16.18, with
-DTR 8.90. (In the authors' follow-up, Switch-DiT, DTR makes XL/2 worse: 9.40 to 10.85.) What we
-found at laptop scale: random routing is clearly worse than none, as in the paper; DTR is not better
-than DiT (experiments/README.md).
+The paper's result, FID (lower is better) of L/2 on ImageNet, guidance 1.5: DiT 12.59, DiT with
+random routing 16.18, DiT with DTR 8.90. (In the authors' follow-up, Switch-DiT, DTR makes XL/2
+worse: 9.40 to 10.85.) What we found at laptop scale: random routing is clearly worse than none, as
+in the paper; DTR is not better than DiT (experiments/README.md).
 
 Letters: B batch, C channels of the image, S its side, P side of a patch, L = (S/P)^2 tokens,
 D width, H heads, N depth, T tasks.  Time: t = 0 is data, t = 1 is noise (see diffusion.py).
 Read next: window_starts, then Block.forward.
 
 Differences from the paper and from the official code (byeongjun-park/DTR)
-- The window rule is the official code's. In the paper (tasks t = 1..T) a window goes from
-  round((D-W) ((t-1)/T)^alpha) to round((D-W) (t/T)^alpha) + W: some windows are a channel wider.
-- A time between two tasks takes the nearer one. DDPM's step n is t = n/1000, so with T = 1000 it
-  gets its own window. Rectified flow is not in the paper; here it has a window for every 0.001.
+- The window rule is the official code's. In the paper (tasks m = 1..T) a window goes from
+  round((D-W) ((m-1)/T)^alpha) to round((D-W) (m/T)^alpha) + W: some windows are a channel wider.
+- A time takes the nearest task, and t = 1 takes the last one. DDPM's step n is t = n/1000: with T =
+  1000 it is task n. Rectified flow is not in the paper; here its t is rounded to a multiple of 1/T.
 - Samplers that skip steps pass the original step n. The index of a 25-step loop (0 to 24) would
   select the first window at every step.
 - We keep T window starts and compare channel numbers with them. The official code keeps a (T, D)
-  float table in every block (129 MB for XL) and computes x*mask + a + b + x*(1 - mask) = x + a + b.
+  float table in each of its N blocks (together 129 MB for XL). Its output x*mask + a + b + x*(1 -
+  mask) is our x + a + b.
 - Random masks are drawn from route_seed and not stored. The official ones have no seed and are
   stored in the checkpoint; common/official.py loads them as route "given", which stores its masks.
 - alpha and beta are options with the official values 4 and 0.8 as defaults. The official code
@@ -83,7 +85,7 @@ class Config:
     alpha: float = 4.0          # 1: the window moves evenly with t; above 1: fast near the noise
     beta: float = 0.8           # share of the channels that a task reads; 1 is DiT
     tasks: int = 1000           # T, number of noise levels that are told apart
-    route: str = "window"       # window | random (the control) | given (random masks, stored)
+    route: str = "window"       # window | random (the control) | given (masks of a checkpoint)
     route_seed: int = 0         # random: two models with the same seed have the same masks
     per_block: bool = False     # random: each block has its own masks, as in the official code
 
@@ -103,7 +105,7 @@ def random_masks(cfg):
     """The control: each task reads W random channels.  -> (1 or N, T, D) bool"""
     g = torch.Generator("cpu").manual_seed(cfg.route_seed)      # the same masks on every process
     order = torch.rand(cfg.depth if cfg.per_block else 1, cfg.tasks, cfg.dim, generator=g,
-                       device="cpu").argsort(-1)        # in each row, W entries are below W
+                       device="cpu").argsort(-1)        # each row is a permutation of 0..D-1
     return (order < int(cfg.beta * cfg.dim)).to(torch.get_default_device())
 
 

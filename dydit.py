@@ -33,8 +33,8 @@ be left out without making the images worse?
              a = (4D + 2L) / (12D + 2L): attention's share of a dense block, 0.40 for S, 0.36 for XL
     total:   loss = diffusion loss + 2 (mean of r over the batch - lambda_step)^2
                     [+ diffusion loss of the full model, during the first full_model_steps]
-    lambda_step: 1 for 100 steps, then the straight line from 1 (step 0) to lambda (step W). So it
-             jumps from 1 to 0.95 at step 100 if lambda = 0.5 and W = 1000.
+    lambda_step: draw a line from 1 at step 0 to lambda at step W. The target is 1 before step 100,
+             then this line: it jumps at step 100 (to 0.95 for lambda = 0.5, W = 1000).
 
 The FLOPs loss at its extremes, from step W on: 0 if the mean ratio of the batch is lambda, however
 it is spread over times and images; 2 (1 - lambda)^2 = 0.5 for lambda = 0.5 if everything is on.
@@ -44,7 +44,7 @@ respect to the mask. This also holds for a unit that is off, because training co
 can be switched on again. The straight-through gate passes this gradient on to the logit. At the
 initial logit 15 the factor is 4e-6 on average with tau = 1, and 1e-2 with the paper's tau = 5.
 
-Worked example, S/2 (D = 384, L = 256). Per token and D, attention costs 4D + 2L = 2048 and the MLP
+Worked example, S/2 (D = 384, L = 256). Divided by L D, attention costs 4D + 2L = 2048 and the MLP
 8D = 3072. With 3 of 6 heads, 4 of 6 groups and 192 of 256 tokens on:
     r = (2048 * 3/6 + 3072 * 4/6 * 192/256) / (2048 + 3072) = (1024 + 1536) / 5120 = 0.5
 
@@ -80,9 +80,9 @@ Differences from the paper and from the official code (alibaba-damo-academy/DyDi
   over the global batch (with --accum, over each part of it).
 - lambda is a mean over all times, so all times are drawn equally often here. If the parent (the
   trained DiT) drew some times more often, the diffusion loss is weighted by how often: our choice.
-- The paper trains the full model too for 30,000 steps of XL and never for S and B; the official
-  code does so in all steps if lambda = 0.7, and draws other dropped labels for that pass. Here both
-  passes have the same labels, and full_model_steps is 0.
+- The full model is the same network with every switch on. The paper adds its loss in the first
+  30,000 steps of XL, and not for S and B. The official code with lambda = 0.7 adds it in all steps,
+  and drops labels anew for this pass. Here both passes see the same labels; the default is none.
 - Fine-tuning of XL takes 150,000 to 200,000 steps; for S, B and XL it is 1 to 6 % of the parent's
   steps. The learning rate is 1e-4 (official code, lambda = 0.7: 2.5e-5). The official code skips
   a step whose gradient norm is at least 200 (lambda = 0.7: 50), and applies each gradient twice
@@ -148,7 +148,7 @@ def gate(logit, u, tau=5.0):
     logit > 0. u = 1 forces the switch on and u = 0 forces it off; it then has no gradient."""
     logit = logit + u.logit()                           # the difference of two Gumbels is logistic
     hard, soft = (logit > 0).to(logit.dtype), (logit / tau).sigmoid()
-    return hard - soft.detach() + soft                  # exactly hard: 1 - s has no rounding error
+    return hard - soft.detach() + soft                  # exactly hard: (0 - s) + s, (1 - s) + s
 
 
 def flops_per_token(heads, groups, tokens, cfg):
@@ -161,7 +161,7 @@ def flops_per_token(heads, groups, tokens, cfg):
 
 
 def lambda_step(step, cfg):
-    """The target ratio of one training step: 1 at first, then a line from 1 down to lambda."""
+    """The target ratio of one training step, see lambda_step in the docstring above."""
     progress = min(step / max(cfg.anneal_steps, 1), 1)
     return 1.0 if step < cfg.anneal_start else 1 - (1 - cfg.target) * progress
 
@@ -292,16 +292,16 @@ class Block(nn.Module):
             h = mlp(self.mlp, modulate(self.norm2(x), shift2, scale2), self.attn.heads, groups)
             return x + tokens[:, :, None].to(x.dtype) * gate2 * h, tokens       # (B, L, D), (B, L)
         # Sampling: compute only what is on, and write it into x, because new memory is slow.
-        h = torch.addcmul(shift1, self.norm1(x), 1 + scale1)                    # modulate, one pass
+        torch.addcmul(shift1, h := self.norm1(x), 1 + scale1, out=h)            # modulate() into h
         x.addcmul_(gate1, attention(self.attn, h, active=heads))                # (B, L, D)
         tokens = u if all_on else self.token_selection(x, u)                    # (B, L)
         rows = None if all_on else tokens.flatten().nonzero().squeeze(1)        # (M,), a GPU sync
-        h, H = torch.addcmul(shift2, self.norm2(x), 1 + scale2), self.attn.heads
+        torch.addcmul(shift2, h := self.norm2(x), 1 + scale2, out=h)            # (B, L, D)
         if all_on or len(rows) == tokens.numel():
-            x.addcmul_(gate2, mlp(self.mlp, h, H, active=groups))               # (B, L, D)
+            x.addcmul_(gate2, mlp(self.mlp, h, self.attn.heads, active=groups)) # (B, L, D)
         elif len(rows):
-            h = mlp(self.mlp, h.flatten(0, 1).index_select(0, rows), H, active=groups)  # (M, D)
-            h = (gate2[:, 0].index_select(0, rows // x.shape[1]) * h).to(x.dtype)  # (M, D)
+            h = mlp(self.mlp, h.flatten(0, 1).index_select(0, rows), self.attn.heads, active=groups)
+            h = (gate2[:, 0].index_select(0, rows // x.shape[1]) * h).to(x.dtype)       # (M, D)
             x.view(-1, x.shape[-1]).index_add_(0, rows, h)                      # into (B*L, D)
         return x, tokens
 
@@ -360,6 +360,7 @@ class DyDiT(nn.Module):
         cfg, shape = self.cfg, (len(t), self.cfg.depth, 2 * self.cfg.heads)
         if cfg.route == "random" and not full_model:
             return random_masks(t, cfg)
+        # route "tokens" forces all heads and groups on, route "width" forces all tokens on
         width, tokens = [1.0 if full_model or cfg.route == r else 0.5 for r in ("tokens", "width")]
         return F.pad(t.new_full(shape, width), (0, self.pos_embed.shape[1]), value=tokens)
 
@@ -589,7 +590,7 @@ def plain_macs(cfg):
 
 def linear_fp32(x, weight, bias=None):
     """A linear layer in float32 (float64 stays), also under autocast: routers decide by small
-    differences, which bf16 would round away."""
+    differences, which bf16 would round away. (A GPU may use TF32 for it: train.py allows that.)"""
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         return F.linear(x.to(wide), weight.to(wide), bias if bias is None else bias.to(wide))

@@ -22,11 +22,11 @@ ones alike. Can the router decide how much compute a token deserves?
     t2    [.3  .2  .1]              [.  .  .]   0 experts         [x  .  .]
     t3    [.2  .8  .4]              [.  x  .]   1 expert          [.  x  .]
                                     third best score: .7, so tau moves towards .7
-    sampling with tau = .7: no race, the number of pairs is free
-    t1    [.8  .2  .9]              [x  .  x]   2 experts
-    t2    [.6  .1  .5]              [.  .  .]   0 experts
+    sampling with tau = .7, two tokens of another image: no race, the number of winners is free
+    u1    [.8  .2  .9]              [x  .  x]   2 experts
+    u2    [.6  .1  .5]              [.  .  .]   0 experts
 
-Equations (x: the normed and modulated token that the MLP of DiT would get; all sums over layers)
+Equations (x: the normed and modulated token that the MLP of DiT would get)
     r = GELU(x W_1 + b_1)    logits = r W_g + b_g    gates = G(logits)        a router in each layer
     MoE(x) = sum over the experts e that x won of gates_e F_e(x)              F_e: MLP, h = 4D/split
     training: assigned = 1 for the K = B*L*k largest gates, v = the K-th; tau <- m tau + (1 - m) v
@@ -34,7 +34,7 @@ Equations (x: the normed and modulated token that the MLP of DiT would get; all 
     P' = probs^T probs, probs = softmax(logits)     M' = assigned^T assigned     (E, E)  (Eqs. 9-11)
     W_ii = E M'_ii / sum_a M'_aa          W_ij = (E^2 - E) M'_ij / sum_{a != b} M'_ab,  i != j
     L_sim = 1/T sum_ij W_ij P'_ij         L_plr = mean (r W_t + b_t - target of the final layer)^2
-    L = L_diffusion + 1e-4 sum L_sim + 1e-2 sum L_plr
+    L = L_diffusion + sum over layers of (1e-4 L_sim + 1e-2 L_plr)
 G is the identity: the score itself is the weight, so scores compare across tokens. A sigmoid
 selects the same pairs with other weights. A softmax makes a token's gates sum to 1, so a hard token
 cannot outbid the others on several experts: it is worst in Table 1 (FID 16.47; identity 13.66).
@@ -48,38 +48,41 @@ What the losses say at their extremes. L_sim = 1 if all logits are equal, or if 
 experts are used evenly. This assumes that some token won two experts: without one, the second half
 of the sum is missing (token choice, k = 1, equal logits: 1/E). L_sim = (E/k)^2 if the same k > 1
 experts win every token with probability 1/k each: 16 for 2 of 8. The classic balance loss is then
-E/k; it sees loads only, and is 1 if they are even.
+E/k. It multiplies the load of each expert by its mean probability and does not see pairs of
+experts; it is 1 if the loads are even.
 Worked example, E = 8, k = 2, logits 4 for an expert that won and 0 for the others. Every token wins
 one pair of the twins (0,1), (2,3), (4,5), (6,7), all equally often: even loads, balance 1.0, but
 similarity 3.6, against 1.0 if all 28 pairs occur equally often. The eight experts are in fact four.
 
 Main result (ImageNet 256x256): the training loss of DiT-XL in 7.2 times fewer iterations at equal
 activated parameters; XL with 4 of 32 experts FID 3.31, dense XL 6.31 (Table 4). At B/2, 2 of 8:
-race 8.03, token choice 9.50, expert choice 10.13 (Table 6); tau 13.66 -> 11.56, PLR -> 8.95,
-similarity -> 8.03 (Table 3). Fig. 6: more experts at low noise; the authors' summary for lay
-readers calls pure noise the harder case.
+race 8.03, token choice 9.50, expert choice 10.13 (Table 6); FID falls from 13.66 to
+11.56 with tau, to 8.95 with PLR added, to 8.03 with the similarity loss added (Table 3). Fig. 6
+shows more experts at low noise; a summary of the authors for lay readers says the opposite.
 What we found (experiments/README.md has figures and commands): tau keeps k experts per token on
-average, yes. More experts at low noise: mixed, weakly so on Fashion-MNIST, the opposite on digits.
+average, as in training. More experts at low noise: weakly on Fashion-MNIST; on digits fewer.
 
 Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width,
 H heads, N depth, E experts, k experts per token on average, h width inside an expert, T = B*L
 tokens, R pairs that won.
 Time: t = 0 is data, t = 1 is noise (see diffusion.py).
-Read next: select(), then MoE.forward().  The first ruler ends the paper's part.
+Read next: select(), then MoE.forward().  The paper's part ends at the first "# -----" line.
 
 Differences and open points. We found no official code or weights. We could read the paper's tables
 and figure captions, but not its running text, so some constants come from re-implementations: R1 is
 a training code derived from DiffMoE's, R2 a gate for LoRA experts, R3 a library of router losses.
 - The weights 1e-4 (similarity) and 1e-2 (PLR), summed over layers, are those of R1; R2 has 1e-5.
 - The similarity loss follows R1 and R3, which agree. The classic balance loss has weight 0 here.
-- tau is a moving average in R1 (m = 0.95) and R2 (0.99, as here). They start it at 1 and at 0, and
-  it needs many steps to leave that value. Here it starts at the first K-th score (our choice).
-- Selection uses gates, not logits (our inference): otherwise a softmax could not change a race.
+- tau is a moving average in R1 (m = 0.95) and R2 (0.99, as here). R1 starts tau at 1, R2 at 0;
+  either way tau needs many steps to move away. Here it starts at the first K-th score (our choice).
+- The top-K ranks gates = G(logits), not logits (our inference). If it ranked logits, G could not
+  change who wins, but Table 1 shows that a softmax does worse.
 - The race runs inside one process and one micro-batch (our choice; R1 races over all processes, as
   pool=global does). The counts of the losses cover all processes.
 - tau is one number per layer; per expert for route "bl", per position for "be" (our choice).
-- The averaged weights (EMA) get a tau of their own from training batches before they are saved
-  (train.py). With the tau of the raw weights a token gets about 6 % fewer experts.
+- Sampling uses the averaged weights (EMA). Their scores differ from those of the raw weights, so
+  train.py measures a tau for them, on training batches, before it saves them. With the raw
+  weights' tau a token would get about 6 % fewer experts.
 - Exactly K pairs win in training: of pairs that equal the K-th score, only as many as fit (with
   pool=global, all of them win).
 - Our choice too: logit-normal t, initial router biases of 0, the exact GELU in the router and its
@@ -233,7 +236,8 @@ class MoE(nn.Module):
 
     def compete(self, gates):
         """Training: the top-K. Sampling: tau, for the routes where images compete with each other.
-        An untrained tau is nan: nothing reaches it, and the top-K decides."""
+        If no pair reaches tau, either no token gets an expert, or tau is nan because the model is
+        untrained; then the top-K decides."""
         if not self.training and len(self.tau):
             winners = select_by_threshold(gates, self.tau.to(gates.dtype), self.cfg.route)  # (R,)
             if len(winners) or not self.tau.isnan().any():
@@ -308,11 +312,12 @@ Model = RaceDiT                                         # the name that train.py
 
 def loss(diffusion, model, x0, y, step, rng):
     """What train.py minimises -> the mean diffusion loss, and aux with "plr_loss" added. PLR
-    compares the prediction of every layer with the target of the final layer, the noise or the
-    velocity. There is no detach: it also trains the blocks below the router."""
+    compares the prediction of every layer with the target that the final layer has, too: noise, v
+    or velocity, by --path and --predict. There is no detach, so that it also trains the blocks
+    below the router."""
     t, noise = diffusion.sample_times_and_noise(x0, rng)
     per_image, aux = diffusion.loss(model, x0, y, t, noise)
-    error = (aux.pop("target_prediction").float() - diffusion.target(x0, noise)).square()
+    error = (aux.pop("target_prediction").float() - diffusion.target(x0, noise, t)).square()
     # summed over layers; DDP keeps the model in .module
     aux["plr_loss"] = getattr(model, "module", model).cfg.plr * error.flatten(1).mean(1).sum()
     return per_image.mean(), aux
@@ -354,6 +359,12 @@ class Experts(nn.Module):
             xavier(*stack)
 
     def forward(self, x, token, expert, gate):
+        if self.in_one_kernel(amp_dtype(x), x.device.type):
+            # On some GPUs the kernel's gradient is wrong for an expert without rows. So each expert
+            # gets one more pair: token 0 with gate 0, which adds nothing.
+            every = torch.arange(len(self.w1), device=x.device)
+            token = torch.cat([token, torch.zeros_like(every)])
+            expert, gate = torch.cat([expert, every]), torch.cat([gate, gate.new_zeros(len(every))])
         key, order = (expert * len(x) + token).sort()              # (R,)   by expert, then by token
         expert, token = key // len(x), key % len(x)
         ends = torch.searchsorted(expert, torch.arange(len(self.w1), device=x.device), right=True,
@@ -365,14 +376,18 @@ class Experts(nn.Module):
     def networks(self, z, ends, expert):
         """Row r of z (R, D) through the network of expert[r] -> (R, D)."""
         stacks = [w if w is None else w.to(z.dtype) for w in (self.w1, self.b1, self.w2, self.b2)]
-        if (z.dtype == torch.bfloat16 and z.device.type in ("cuda", "meta")
-                and all(n % 8 == 0 for n in self.w2.shape[1:])):    # the kernel's condition
+        if self.in_one_kernel(z.dtype, z.device.type):
             w1, b1, w2, b2 = stacks
             z = self.act(grouped_linear(z, w1, b1, ends, expert))       # nothing waits for the GPU
             return grouped_linear(z, w2, b2, ends, expert)
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()           # here the host waits for it
         weights = zip(*([None] * len(sizes) if w is None else w.unbind() for w in stacks))
         return torch.cat([self.one(*own) for own in zip(z.split(sizes), weights)])
+
+    def in_one_kernel(self, dtype, device):
+        """Whether F.grouped_mm can compute all experts at once: it wants widths in eights."""
+        return (dtype == torch.bfloat16 and device in ("cuda", "meta")
+                and all(n % 8 == 0 for n in self.w2.shape[1:]))
 
     def one(self, z, weights):
         """One expert's network, z (n, D) -> (n, D). A CPU prepares a bf16 product anew for every n
@@ -405,7 +420,8 @@ def grouped_linear(z, w, b, ends, expert):
 
 
 def xavier(*matrices):
-    """Xavier for each matrix by itself: the bounds of a stack would follow from the wrong sides."""
+    """Xavier for each matrix by itself: for a whole stack (E, in, out) it would take E for one of
+    the two widths."""
     for w in matrices:
         nn.init.xavier_uniform_(w)
 
@@ -566,7 +582,7 @@ def plain_macs(cfg):
 
 def linear_fp32(x, weight, bias=None):
     """A linear layer in float32 (float64 stays), also under autocast: routers decide by small
-    differences, which bf16 would round away."""
+    differences, which bf16 would round away. (A GPU may use TF32 for it: train.py allows that.)"""
     wide = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False):
         return F.linear(x.to(wide), weight.to(wide), bias if bias is None else bias.to(wide))

@@ -5,7 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers import wake
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -334,6 +333,10 @@ def test_width_routers_see_the_time_alone_and_the_token_router_the_raw_token_aft
     run(model, x, t, y)
     assert torch.equal(seen["emb"], run(model.t_embedder, t)) and seen["emb2"] is seen["emb"]
     assert torch.equal(seen["x"], seen["h"])                # what the MLP's norm gets
+    with torch.no_grad():
+        block.token_selection.mlp_head[0].bias.fill_(-1e6)  # ReLU: only the last bias counts
+        block.token_selection.mlp_head[2].bias.fill_(1)
+    assert run(model, x, t, y)[1]["tokens"][:, 1].eq(1).all()
 
 
 def test_the_mask_of_a_group_comes_before_gelu():
@@ -391,7 +394,7 @@ def test_sampling_slices_while_learning_and_mixed_times_use_masks(sliced_calls):
     model = mixed()
     run(model, *inputs(SMALL, t=None))                      # as in a validation loss
     model(*inputs(SMALL))                                   # with gradients
-    run(model.train(), *inputs(SMALL))
+    run(model.train(), *inputs(SMALL), full_model=True)
     run(model.eval(), *inputs(SMALL), sliced=False)
     assert not sliced_calls
     run(model, *inputs(SMALL))
@@ -617,6 +620,7 @@ def test_random_routing_spends_lambda_and_depends_on_time_alone(target, always_o
     spent = dydit.flops_per_token(heads, groups, tokens, cfg).mean().item()
     assert spent == pytest.approx(target, abs=0.01)
     assert heads[..., 0].eq(1).all() == always_on
+    assert torch.equal(heads[..., 1:], dydit.random_masks(t, cfg)[..., 1:4])
     assert heads[..., 1].std() > 0.3 and tokens.var() > 0.1
     (masked, a), (sliced, b) = (run(model, *inputs(cfg), sliced=s) for s in (False, None))
     assert torch.equal(a["tokens"], b["tokens"]) and furthest(masked, sliced) < 1e-5
