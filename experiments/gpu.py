@@ -56,14 +56,14 @@ from common.cli import Parser, UserError, number, run_program
 from common.files import read_json, write_json
 from common.official import from_official
 from data import load as load_data
-from diffusion import DDPM, DIFFUSIONS, RectifiedFlow, StepRNG
+from diffusion import DIFFUSIONS, RectifiedFlow, StepRNG
 from experiments import bench, memory, metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
+# Dense bf16 operations per second, from the data sheets of the cards.
 PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
-# dense bf16 products per second, from the data sheets
-here = SimpleNamespace(device=torch.device("cpu"), micro=False)         # main() sets both
+here = SimpleNamespace(device=torch.device("cpu"), micro=False)         # worker() sets both
 
 
 # ------------------------------------------------------------------------------- clocks and helpers
@@ -92,15 +92,6 @@ def seconds(f, n=10, warm=3, ahead=False):
         torch.cuda.synchronize()
         times.append(first.elapsed_time(last) / 1e3)
     return float(np.median(times))
-
-
-def host_seconds(f, n=4):
-    """How long the host is busy launching f(), without waiting for the GPU."""
-    seconds(f, 1, 1)
-    start = time.perf_counter()
-    for _ in range(n):
-        f()
-    return (time.perf_counter() - start) / n
 
 
 def distance(a, b):
@@ -175,13 +166,12 @@ def machine():
     return row
 
 
-def grouped():
+def grouped(shapes=((8, 256, 2048, "random"), (8, 256, 2048, "one"), (8, 256, 37, "odd"),
+                    (64, 256, 37, "few"), (8, 72, 2048, "random"), (8, 100, 64, "loop"))):
     """The expert engine in bf16 against the loop in float64: the result, all gradients, and
-    gradients of exactly 0 for experts that get no token."""
+    gradients of exactly 0 for experts that get no token. shapes: E, D, tokens, who is chosen."""
     rows = []
-    for E, D, tokens, who in ((8, 256, 2048, "random"), (8, 256, 2048, "one"), (8, 256, 37, "odd"),
-                              (64, 256, 37, "few"), (8, 72, 2048, "random"), (8, 100, 64, "loop"),
-                              (8, 256, 0, "nobody")):
+    for E, D, tokens, who in shapes:
         D, tokens = (D // 4, tokens // 16) if here.micro else (D, tokens)
         for form, module in (("swiglu", ditmoe), ("gelu", racedit)):
             torch.manual_seed(0)
@@ -265,30 +255,34 @@ def golden():
 
 @torch.no_grad()
 def sliced():
-    """Sampling computes less than training does, but the same: DyDiT sliced against masked, also
-    with all switches off that can be off; Race-DiT's images alone against in a batch."""
+    """DyDiT sliced against masked, also with all switches off that can be off."""
     rows = []
-    for dtype, limit in (("fp32", 1e-4), ("bf16", 5e-2)):
-        def row(what, a, b):
-            rows.append(dict(what=what, dtype=dtype, error=distance(a, b)))
-            rows[-1]["ok"] = rows[-1]["error"] < limit
+    for always_on, push in ((True, 0.0), (True, -50.0), (False, 0.0), (False, -50.0)):
+        model = build("dydit", replace(dydit.TINY, always_on=always_on)).eval()
+        for block in model.blocks:
+            for router in (block.attn_rate, block.mlp_rate, block.token_selection):
+                bias = list(router.parameters())[-1]
+                bias.copy_(torch.randn_like(bias) + push)
+        inputs = inputs_of(model.cfg, 8)
+        for dtype, limit in (("fp32", 1e-4), ("bf16", 5e-2)):
+            with tf32(False), amp(dtype == "bf16"):
+                error = distance(*(model(*inputs, sliced=way)[0] for way in (True, False)))
+            rows.append(dict(always_on=always_on, push=push, dtype=dtype, error=error,
+                             ok=error < limit))
+    return rows
 
+
+@torch.no_grad()
+def alone(tau):
+    """Race-DiT samples images alone as it does in a batch; with a large tau no token wins."""
+    model, rows = build("racedit", racedit.TINY).eval(), []
+    [block.moe.tau.fill_(tau) for block in model.blocks]
+    x, t, y = inputs_of(model.cfg, 8)
+    for dtype, limit in (("fp32", 1e-4), ("bf16", 5e-2)):
         with tf32(False), amp(dtype == "bf16"):
-            for always_on, push in ((True, 0.0), (True, -50.0), (False, 0.0), (False, -50.0)):
-                model = build("dydit", replace(dydit.TINY, always_on=always_on)).eval()
-                for block in model.blocks:
-                    for router in (block.attn_rate, block.mlp_rate, block.token_selection):
-                        bias = list(router.parameters())[-1]
-                        bias.copy_(torch.randn_like(bias) + push)
-                args = inputs_of(model.cfg, 8)
-                row(f"dydit {always_on} {push}", model(*args, sliced=True)[0],
-                    model(*args, sliced=False)[0])
-            model = build("racedit", racedit.TINY).eval()
-            x, t, y = inputs_of(model.cfg, 8)
-            for tau in (0.0, 1e9):                      # 1e9: no token wins an expert
-                [block.moe.tau.fill_(tau) for block in model.blocks]
-                alone = [model(x[i : i + 1], t[:1], y[i : i + 1])[0] for i in range(8)]
-                row(f"racedit {tau}", torch.cat(alone), model(x, t, y)[0])
+            single = torch.cat([model(x[i : i + 1], t[:1], y[i : i + 1])[0] for i in range(8)])
+            error = distance(single, model(x, t, y)[0])
+        rows.append(dict(tau=tau, dtype=dtype, error=error, ok=error < limit))
     return rows
 
 
@@ -551,14 +545,34 @@ def torchrun(name, *options):
 # ------------------------------------------------------------------------------- how fast?
 
 
-def training(name, size, batch, how="eager", depth=None):
-    """A step of train.py's own parts on random latents: img/s, MFU (the share of the card's peak),
-    memory, and what the program plans for it. name "plain": a DiT as one would first write it."""
-    module = importlib.import_module(name.replace("plain", "dit"))
-    cfg, diffusion = config(module.__name__, size), RectifiedFlow()
-    cfg, batch = (replace(cfg, depth=1), 4) if here.micro else (
-        replace(cfg, depth=depth or cfg.depth), batch)
+def step_of_training(module, model, batch):
+    """A step of train.py's own parts on random latents -> f()."""
+    cfg, diffusion = model.cfg, RectifiedFlow()
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    args = train.parse_args(["--model", module.__name__, "--size", "S/2"])
+    (optimizer, _), = train.make_optimizers(args, module, model, diffusion, here.device)
     loss_of = getattr(module, "loss", train.default_loss)
+    x0, _, y = bench.network_inputs(cfg, batch, here.device)
+
+    def step(half=True):
+        rng = StepRNG(0, 5, batch, torch.arange(batch), here.device)
+        with amp(half):
+            loss, aux = loss_of(diffusion, model, x0, y, 5, rng)
+        (loss + sum(v for k, v in aux.items() if k.endswith("_loss"))).backward()
+        train.clip_gradients(0.0, model, dict(loss=loss.detach().double()), diffusion, 1)
+        optimizer.step()
+        train.update_ema(ema, model, 0.999)
+        optimizer.zero_grad()
+    return step
+
+
+def training(name, size, batch, how="eager", depth=None):
+    """A training step: img/s, MFU (the share of the card's peak), memory, and what memory.py plans
+    for it. name "plain": a DiT as one would first write it."""
+    module = importlib.import_module(name.replace("plain", "dit"))
+    cfg = config(module.__name__, size)
+    cfg = replace(cfg, depth=1 if here.micro else depth or cfg.depth)
+    batch = 4 if here.micro else batch
     if on_gpu():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -566,26 +580,12 @@ def training(name, size, batch, how="eager", depth=None):
     with torch.device(here.device):
         model = bench.plain(cfg) if name == "plain" else module.Model(cfg)
     model = bench.awake(model, here.device).train()
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    args = train.parse_args(["--model", module.__name__, "--size", "S/2"])
-    (optimizer, _), = train.make_optimizers(args, module, model, diffusion, here.device)
-    start = time.time()
+    step, start = step_of_training(module, model, batch), time.time()
     if how == "compiled blocks":
         for block in model.blocks:
             block.compile(fullgraph=True, backend="eager" if here.micro else "inductor")
-    x0, _, y = bench.network_inputs(cfg, batch, here.device)
-
-    def step():                                         # a CPU's experts do not compile in bf16
-        rng = StepRNG(0, 5, batch, torch.arange(batch), here.device)
-        with amp(on_gpu() or how == "eager" or not hasattr(module, "Experts")):
-            loss, aux = loss_of(diffusion, model, x0, y, 5, rng)
-        (loss + sum(v for k, v in aux.items() if k.endswith("_loss"))).backward()
-        norm = train.clip_gradients(0.0, model, diffusion, 1)
-        train.all_finite(norm, dict(loss=loss.detach().double()), diffusion, 1)
-        optimizer.step()
-        train.update_ema(ema, model, 0.999)
-        optimizer.zero_grad()
-
+        if not on_gpu() and hasattr(module, "Experts"):     # their loop does not compile in bf16
+            step = functools.partial(step, half=False)
     step()
     first, s = time.time() - start, seconds(step, 8, 2)
     flops = 6 * module.cost(cfg)["GMAC"] * 1e9 * batch / s      # a MAC is 2, backward twice forward
@@ -599,7 +599,8 @@ def training(name, size, batch, how="eager", depth=None):
     if name != "plain":
         with torch.device("meta"):
             shape = module.Model(cfg).train()
-        plan = memory.plan_memory(shape, diffusion, loss_of, batch, 1, True)
+        loss_of = getattr(module, "loss", train.default_loss)
+        plan = memory.plan_memory(shape, RectifiedFlow(), loss_of, batch, 1, True)
         row["planned_gb"] = plan["DDP"]["sum"] / 1e9
     return row
 
@@ -681,7 +682,7 @@ def sampling(size, batch, kind="both", target=0.5):
         for name, f, options in ways:
             go = bench.amp(lambda: f(*inputs, **options), here.device, dtype == "bf16")
             with tf32(dtype != "fp32"):
-                row |= {name: seconds(go, 5, 2), f"{name}_host": host_seconds(go)}
+                row |= {name: seconds(go, 5, 2), f"{name}_gpu": seconds(go, 5, 0, ahead=True)}
             row[f"{name}_share"] = row[name] / row["static"]
         rows.append(row | dict(ratio=model(*inputs)[1]["flops"].mean().item()))
     return rows
@@ -719,9 +720,11 @@ def table():
     """{case: (seconds that it may take on a GPU, function, its arguments ...)}, the most valuable
     first."""
     batch = {"dit": 128, "ditmoe": 64, "racedit": 128, "dydit": 128, "dtr": 128}
-    cases = {"machine": (40, machine), "grouped": (40, grouped)}
+    cases = {"machine": (40, machine), "grouped": (40, grouped),
+             "grouped by nobody": (20, grouped, [(8, 256, 0, "nobody")])}
     cases |= {f"models {m}": (30, models, m) for m in MODELS}
-    cases |= {"golden": (30, golden), "sliced": (30, sliced), "attention": (60, attention)}
+    cases |= {"golden": (30, golden), "sliced": (30, sliced), "alone": (20, alone, 0.0),
+              "alone without winners": (20, alone, 1e9), "attention": (60, attention)}
     cases |= {f"waits {m}": (40, waits, m) for m in MODELS}
     cases |= {f"tiny200 {m}": (45, tiny200, m) for m in MODELS}
     cases |= {f"speed {m} B/2": (40, training, m, "B/2", b) for m, b in batch.items()}
@@ -813,9 +816,17 @@ def write(out, line):
         os.fsync(f.fileno())
 
 
-def read_lines(file):
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+def follow_lines(file):
+    """-> a function that returns what was appended to the file since it was last called."""
+    seen = 0
+
+    def more():
+        nonlocal seen
+        text = file.read_text()[seen:] if file.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        seen += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+    return more
 
 
 def start_worker(cases, out, log):
@@ -835,57 +846,67 @@ def stop(child):
             child.wait(2)
 
 
+def follow(child, more, result, limit_of, end):
+    """Wait until a worker ends, and end it if a case takes too long or the budget is spent.
+
+    -> the case that it was doing, since when, and why it ended (None: the budget was spent)."""
+    now, since, why = None, time.time(), "the worker died"
+    while True:
+        ended = child.poll() is not None                # asked before its last lines are read
+        for line in more():
+            now, since = line["case"] if "begin" in line else None, time.time()
+            result(line)
+        if ended:
+            return now, since, why
+        if time.time() > end:
+            why = None
+        elif time.time() - since > limit_of(now):
+            why = "it took too long"
+        else:
+            time.sleep(0.1)
+            continue
+        stop(child)
+
+
 def drive(args):
     """Start workers until all cases are done or the budget is spent -> the exit code."""
-    begun, todo, cases, failed = time.time(), chosen(args), table(), []
+    begun, todo, cases, rows, failed = time.time(), chosen(args), table(), [], []
     patience = 1 if args.device == "cuda" else 20
     args.out.mkdir(parents=True, exist_ok=True)
-    log, show = args.out / "gpu.jsonl", lambda *words: print(*words, flush=True)
-    first = seen = len(read_lines(log))
+    more = follow_lines(args.out / "gpu.jsonl")
+    more()                                              # of earlier calls
 
-    def result(line, verdict):
-        todo.remove(line["case"])
-        failed.extend([line["case"]] * (verdict != "ok"))
-        show(f"{time.time() - begun:6.1f} s {line['took']:6.1f} s  {verdict:7} {line['case']}")
+    def result(line):
+        if "took" in line:
+            bad = "error" in line or not all(row.get("ok", True) for row in line["rows"])
+            verdict = line.get("error", "not ok")[:60] if bad else "ok"
+            print(f"{time.time() - begun:6.1f} s {line['took']:6.1f} s  {line['case']:28}{verdict}",
+                  flush=True)
+            todo.remove(line["case"])
+            rows.extend(line.get("rows", ()))
+            failed.extend([line["case"]] * bad)
 
     while todo and time.time() - begun < args.budget:
+        before = len(todo)
         with open(args.out / "gpu.log", "a") as f:      # what workers print; not to be committed
             child = start_worker(todo, args.out, f)
-        now, since, before, why = None, time.time(), len(todo), "the worker died"
-        while True:
-            ended = child.poll() is not None            # asked before its last lines are read
-            for line in read_lines(log)[seen:]:
-                seen += 1
-                now, since = line["case"] if "begin" in line else None, time.time()
-                if "took" in line:
-                    bad = "error" in line or not all(r.get("ok", True) for r in line["rows"])
-                    result(line, "ERROR" if "error" in line else "NOT OK" if bad else "ok")
-            if ended:
-                break
-            if time.time() - begun > args.budget:
-                why = None
-            elif time.time() - since > patience * (cases[now][0] if now else 60):
-                why = "it took too long"
-            else:
-                time.sleep(0.1)
-                continue
-            stop(child)
-        if now and why:                                 # this case is done with; the others are not
-            line = dict(case=now, took=time.time() - since, error=why, **about(args.device))
-            write(args.out, line)
-            seen += 1
-            result(line, "STOPPED")
+        now, since, why = follow(child, more, result, lambda case: patience * (
+            cases[case][0] if case else 60), begun + args.budget)
+        if now and why:                                 # this case is done with, the others are not
+            took = time.time() - since
+            write(args.out, dict(case=now, took=took, error=why, **about(args.device)))
+            [result(line) for line in more()]
         elif why and len(todo) == before:
             raise UserError(f"the worker does not start, see {args.out / 'gpu.log'}")
-    show("not done:", ", ".join(todo) or "nothing")
-    report(read_lines(log)[first:])
+    print("failed:", ", ".join(failed) or "nothing")
+    print("not done:", ", ".join(todo) or "nothing")
+    report(rows)
     return 1 if failed else 0
 
 
-def report(lines):
+def report(rows):
     """The speeds as a table."""
-    rows = [row for line in lines for row in line.get("rows", ()) if "img_s" in row]
-    for row in rows:
+    for row in (row for row in rows if "img_s" in row):
         mfu, peak = row.get("mfu"), row.get("peak_gb")
         print(f"{row.get('model', 'train.py'):9}{row.get('size', '--tiny'):7}"
               f"{row.get('how', row.get('amp', '')):16}{row['img_s']:9.1f} img/s"

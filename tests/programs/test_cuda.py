@@ -42,14 +42,20 @@ def test_a_training_step_is_that_of_a_cpu_in_float64(name):
 
 def test_grouped_experts_compute_what_the_loop_computes_and_idle_ones_have_no_gradient():
     right(gpu.grouped())
+    right(gpu.grouped([(8, 256, 0, "nobody")]))
 
 
 def test_released_weights_predict_what_the_authors_code_predicts():
     right(gpu.golden())
 
 
-def test_what_sampling_leaves_out_changes_nothing():
+def test_what_dydit_leaves_out_in_sampling_changes_nothing():
     right(gpu.sliced())
+
+
+@pytest.mark.parametrize("tau", [0.0, 1e9])
+def test_racedit_samples_an_image_alone_as_in_a_batch(tau):
+    right(gpu.alone(tau))
 
 
 def test_the_attention_kernel_that_torch_chooses_has_the_right_gradient():

@@ -23,7 +23,8 @@ from diffusion import StepRNG
 from experiments import gpu
 
 pytestmark = pytest.mark.usefixtures("few_digits")
-CHEAP = ("machine", "grouped", *(f"models {m}" for m in MODELS), "golden", "sliced", "attention",
+CHEAP = ("machine", "grouped", "grouped by nobody", *(f"models {m}" for m in MODELS), "golden",
+         "sliced", "alone", "alone without winners", "attention",
          *(f"waits {m}" for m in MODELS), "speed racedit B/2", "speed plain XL/2",
          "speed dydit B/2 compiled", "speed reader", "speed program B/2", "speed layer racedit 8",
          "speed sampling B/2", "resume dydit", "deterministic ditmoe", "samples racedit")
@@ -89,7 +90,7 @@ def test_the_driver_replaces_a_worker_that_died_and_one_that_hangs(tmp_path):
 
 
 @pytest.mark.parametrize("start, until, only, expected", [
-    (None, "grou", None, ["machine"]), ("claims", None, None, ["claims"]),
+    (None, "group", None, ["machine"]), ("claims", None, None, ["claims"]),
     (None, None, "waits di|golden", ["golden", "waits dit", "waits ditmoe"]),
     ("models r", "models dt", None, ["models racedit", "models dydit"])])
 def test_from_until_and_only_choose_cases_by_the_beginning_of_their_names(start, until, only,
