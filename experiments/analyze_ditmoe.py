@@ -63,6 +63,7 @@ class Counts:
                 "class": self.by_class}
 
 
+@torch.no_grad()
 def sample_and_count(model, diffusion, labels, steps, cfg=1.5, seed=0, batch=64):
     """Sample images for labels (n,) -> Counts, the first 8 images (8, C, S, S), and the first
     choice of their tokens at half of the steps (M, 8, L)."""

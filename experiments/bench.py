@@ -622,7 +622,7 @@ def whole_step(module, cfg, batch, device):
     def go():
         loss, aux = loss_of(diffusion, model, x0, y, 0, rng)
         (loss + sum(v for k, v in aux.items() if k.endswith("_loss"))).backward()
-        train.clip_gradients(1.0, model, diffusion, 1)
+        train.clip_gradients(1.0, model, dict(loss=loss.detach()), diffusion, 1)
         optimizer.step()
         train.update_ema(ema, model, 0.99)
         optimizer.zero_grad()

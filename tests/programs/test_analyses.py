@@ -2,7 +2,6 @@
 beforehand, and the command lines, on checkpoints of untrained models."""
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +9,8 @@ import torch
 from helpers import batch, run_cli, small, wake, write_model
 from PIL import Image
 
-import train
-from common.cli import UserError
-from common.config import make_config, make_diffusion
 from diffusion import DDPM, RectifiedFlow
-from experiments import analyze_ditmoe, analyze_dtr, analyze_dydit, analyze_racedit, compare
+from experiments import analyze_ditmoe, analyze_dtr, analyze_dydit, analyze_racedit
 
 pytestmark = pytest.mark.usefixtures("few_digits")
 TINY = dict(size=28, patch=4, channels=1, dim=32, heads=2)                         # fits `digits`
@@ -249,36 +245,3 @@ def test_checkpoints_are_compared_on_the_same_images(checkpoint, tmp_path):
     assert "block  1" in out
     rejected(analyze_dtr, *files, "--device", "x", word="--device x")
     rejected(analyze_dtr, "--out", tmp_path / "masks.txt", word="masks.txt")
-
-
-# ---------------------------------------------------------------------------- compare
-
-
-def test_compare_trains_parents_first_and_skips_what_is_measured(tmp_path, monkeypatch):
-    order = []
-
-    def train_one(study, variant, seed, n):
-        order.append((variant, seed))
-        return dict(frechet=seed + 1.0, accuracy=0.5, precision=0.5, recall=0.5,
-                    loss=dict(mean=0.1, bins=[0.1] * 10), flops=None if variant == "dense" else 0.5)
-    monkeypatch.setattr(compare, "HERE", tmp_path)
-    monkeypatch.setattr(compare, "train_one", train_one)
-    out, _ = run_cli(compare, "dydit", "--n", 4)
-    assert [v for v, _ in order[:3]] == ["dense"] * 3 and len(order) == 12
-    assert "| dense | 3 | 2.000 ± 1.000 |" in out and out.count("val. loss by tenth") == 4
-    assert run_cli(compare, "dydit")[0].count("seed") == 1 and len(order) == 12
-    assert "| 0.500 ± 0.000 |" in run_cli(compare, "dydit", "--show")[0]
-    rejected(compare, "nothing", word="invalid choice")
-
-
-def test_every_variant_of_every_study_is_a_valid_command_line(monkeypatch, tmp_path):
-    calls = []
-    monkeypatch.setattr(compare, "call", lambda *argv: calls.append([str(a) for a in argv]))
-    for study, (_, variants) in compare.STUDIES.items():
-        for variant in variants:
-            with pytest.raises(UserError, match="metrics.json"):        # nothing was measured
-                compare.train_one(study, variant, 0, 4)
-            args = train.parse_args(calls[-2][1:])
-            module, diffusion = small(args.model)[0], make_diffusion(args, None)
-            assert make_config(args, module, diffusion, None, None) != replace(module.TINY, depth=1)
-            assert calls[-1][:2] == ["-m", "experiments.metrics"]
