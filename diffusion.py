@@ -320,9 +320,9 @@ def respace(T, steps, spacing="linspace"):
                    leading    0 100 200 ... 800 900     the authors' DDIM, where a stride gives
                                                         this many steps (else an error, as theirs)
 
-    leading takes pure noise for x at step 900, or at step 500 with two steps. With 2, 3, 4, 5
-    steps of DDIM this gave Frechet distances of 403, 113, 53, 41, and trailing 60, 37, 28, 28. So
-    trailing is our default of DDIM, and leading is for comparisons with released figures."""
+    leading takes pure noise for x at step 900, or at step 500 with two steps, which spoils the
+    samples of few steps. So trailing is our default of DDIM, and leading is for comparisons with
+    released figures."""
     if not 1 <= steps <= T:
         raise ValueError(f"{steps} sampling steps: between 1 and {T}")
     if spacing == "trailing":

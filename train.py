@@ -43,13 +43,15 @@ from data.ahead import fetch_readable, read_ahead
 from diffusion import DDPM, StepRNG, make_generator
 from sample import write_sheet
 
+# --tiny: Muon (common/muon.py) for the matrices of the blocks, AdamW for the rest.
 TINY = dict(steps=1200, batch=32, lr=3e-3, muon_lr=8e-3, warmup=100, cooldown=0.5, beta2=0.99,
             ema=0.995, clip=1.0, save_every=400, log_every=100, sample_every=400,
             ddpm=dict(schedule="cosine", predict="v"))  # a laptop, minutes
 TUNE = dict(TINY, steps=400, lr=1e-3, muon_lr=0.0, warmup=20, ema=0.98, save_every=200,
             sample_every=400)                           # --tiny with --init
+# DiT's recipe, except that the moving average is short at first, and bf16 where it is fast.
 PAPER = dict(steps=400_000, batch=256, lr=1e-4, muon_lr=0.0, warmup=0, cooldown=0.0, beta2=0.999,
-             ema=0.9999, clip=0.0, save_every=5000, log_every=100, sample_every=0, ddpm={})  # DiT's
+             ema=0.9999, clip=0.0, save_every=5000, log_every=100, sample_every=0, ddpm={})
 MAX_SKIPPED = 20                                        # skipped updates in a row before giving up
 
 
