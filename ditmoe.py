@@ -36,9 +36,9 @@ the logits of all experts. The balance loss is the other. If the weights are ren
 the weight is always 1: then only the balance loss trains the router.
 
 What the balance loss says at its extremes. Even counts: exactly 1, whatever the probabilities. All
-tokens choose the same k experts: E/k, but only if the probabilities have collapsed as well. If 2 of
-8 experts win every token by a gap of 0.01, 1, 3 or 10 between the logits, it is 1.008, 1.90, 3.48
-or 4.00. A value near 1 is thus no proof of even use: watch "load" in aux, not the loss.
+tokens choose the same k experts: between 1 and E/k, by how large the probabilities of these k are.
+If 2 of 8 experts win every token, and their logits exceed the others by 0.01, 1, 3 or 10, it is
+1.008, 1.90, 3.48 or 4.00. So a value near 1 does not prove even use: look at "load" in aux.
 Worked example, E = 4, k = 2, two tokens with probs (.5 .3 .1 .1) and (.4 .1 .3 .2): they choose
 experts 1, 2 and 1, 3. n = (2 1 1 0), f = 4 n / (2 * 2) = (2 1 1 0), p = (.45 .2 .2 .15), so
 L_balance = .9 + .2 + .2 + 0 = 1.3.
@@ -52,7 +52,7 @@ Main result (ImageNet 256x256, 250 DDPM steps): XL/2 with 2 of 8 experts FID 1.7
     GMAC per image          16      63      222     328     698
     GMAC of the same DiT    6       23      81      119
 A controlled study of MoE in SiT-XL (arXiv:2607.24665): FID 5.20 dense, 4.65 with experts, 4.62 with
-a shared expert in addition, which is thus worth 0.6 %.
+a shared expert in addition, 0.6 % less.
 At initialisation the two chosen probabilities of E = 8 sum to about 0.43, so the routed experts
 begin with less than half of the weight of the shared ones.
 What we found (experiments/README.md has figures and commands): experts specialise by position. By
@@ -60,11 +60,12 @@ step and by class they specialise little; Fashion-MNIST gives the same result. W
 experts early, all late" (Fig. 7): the concentration over the steps is U-shaped. With the balance
 loss every expert stayed in use; row M5 of the ledger compares this with alpha = 0.
 
-Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width,
-H heads, N depth, M of the N blocks have experts, E experts, k chosen per token, h width inside an
-expert, T = B*L tokens, R = T*k pairs (token, chosen expert).
-Time: t = 0 is data, t = 1 is noise (see diffusion.py).
-Read next: top_k_gating(), balance_loss(), MoE.forward().  The first ruler ends the paper's part.
+Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width, H
+heads, N depth, M of the N blocks have experts, E experts, k chosen per token, h width inside an
+expert, T = B*L tokens, R = T*k pairs (token, chosen expert). Four things are called gate: `gates`,
+the weights of the chosen experts; MoE.gate, the router (its name in checkpoints); gate1 and gate2
+of adaLN; W_gate inside a SwiGLU. Time: t = 0 is data, t = 1 is noise (see diffusion.py). Read next:
+top_k_gating(), balance_loss(), MoE.forward().  The paper's part ends at the first "# -----" line.
 
 Where the paper and the official code (feizc/DiT-MoE) differ, and what we do
 - Expert: in the paper a GELU MLP (Eq. 4), in the official code a SwiGLU, 4D wide, without
@@ -78,9 +79,10 @@ Where the paper and the official code (feizc/DiT-MoE) differ, and what we do
   official code the batch of one process. We count the batch of all processes (scope=batch), so that
   the number of processes does not change the gradient. This is our choice: the batch is the weaker
   demand, it leaves an image free to prefer some experts.
-- The official code does not add the balance loss to the objective, it injects the gradient in the
-  backward pass. With fp16 loss scaling that gradient is divided by the scale later on, and all but
-  vanishes. Here train.py adds every aux entry whose name ends in _loss.
+- The official code does not add the balance loss to the objective but adds its gradient during the
+  backward pass. In fp16 the main loss is multiplied by a scale before that pass, this gradient is
+  not; afterwards all gradients are divided by the scale, and this one becomes nearly zero. Here
+  train.py adds every aux entry whose name ends in _loss.
 - The official routed experts have no gradient in eval mode and accept only float32 in training.
   Here one path serves both modes and all dtypes. The router computes in float32 (our choice).
 - Blocks with experts: the paper has "every e-th block" and compares the deep with the shallow half;
@@ -121,9 +123,9 @@ class Config:
     qk_norm: bool = False       # LayerNorm on queries and keys: released XL and G
 
 
+# TINY's experts are D wide, not 4D: two of them and a shared one cost 3 * 3 D^2 multiplications per
+# token, the MLP of the tiny DiT 8 D^2. So the tiny DiT-MoE and the tiny DiT do nearly equal work.
 TINY = Config(size=28, patch=4, channels=1, classes=10, dim=128, depth=6, heads=4)
-# Experts D wide, not 4D: two of them and a shared one cost 3 * 3 D^2 multiplications per token, the
-# MLP of the tiny DiT 8 D^2. So the tiny DiT-MoE and the tiny DiT do nearly equal work.
 TINY = replace(TINY, experts=8, k=2, hidden=1, shared=1)
 SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, heads=12),
          "L": dict(dim=1024, depth=24, heads=16), "XL": dict(dim=1152, depth=28, heads=16)}
@@ -150,7 +152,7 @@ def balance_loss(probs, chosen, scope="batch"):
     count, p = assigned.sum(1), probs.mean(1)                                   # (B, E) each
     if scope == "batch":
         count, p = count.sum(0, keepdim=True), p.mean(0, keepdim=True)          # (1, E) each
-        if torch.is_grad_enabled():             # sampling may run in one process alone
+        if torch.is_grad_enabled():             # not in sampling: one process may sample alone
             count = gather_processes(count).sum(0, keepdim=True)
     share = count / count.sum(1, keepdim=True)                                  # (B or 1, E)
     f = probs.shape[2] * share                          # E n_e / (k T): 1 is a fair share

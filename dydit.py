@@ -170,8 +170,8 @@ def loss(diffusion, model, x0, y, step, rng):
     """Called by train.py: x0 (B, C, S, S), y (B,) -> the dynamic model's diffusion loss, and aux.
 
     train.py adds every entry of aux that ends in _loss. diffusion.loss gives the loss of each image
-    (B,). rng draws the random numbers of this step; before it, training has seen rng.first images,
-    and rng.rows are the places of these B images in the global batch."""
+    (B,). rng.first is the number of images in all earlier steps, rng.rows (B,) are the places of
+    these images in the global batch: their sum, modulo 4, says which quarter of time is drawn."""
     cfg = getattr(model, "module", model).cfg
     t = diffusion.from_uniform(((rng.first + rng.rows) % 4 + rng.uniform("t")) / 4)     # stratified
     # weight (B,): how often the parent drew this t. noise (B, C, S, S): the diffusion's.
@@ -189,9 +189,9 @@ def loss(diffusion, model, x0, y, step, rng):
 
 
 def global_mean(v):
-    """The mean of v over all processes, with the gradient of this process's v. If each process
-    squared the miss of its own mean, the loss would also penalise variation between ranks, although
-    images at easy times are meant to cost less."""
+    """The mean of v over all processes, with the gradient of this process's v. The loss squares
+    (mean - target). Squared on each process first, it would also punish a process whose images cost
+    less than those of others, but images at easy times are meant to cost less."""
     total, world_size = v.detach().clone(), dist.get_world_size() if dist.is_initialized() else 1
     if world_size > 1:
         dist.all_reduce(total)
@@ -355,8 +355,9 @@ class DyDiT(nn.Module):
         return unpatchify(self.final_layer(x, c), self.cfg), aux                # (B, C or 2C, S, S)
 
     def forced_masks(self, t, full_model=False):
-        """t (B,) -> (B, N, 2H + L): 1 or 0 for a switch that no router decides, 0.5 for the others.
-        gate() understands these values as u."""
+        """t (B,) -> the u of gate() for each switch (B, N, 2H + L): 1 forces it on, 0 off, 0.5
+        leaves it to its router. In training forward() replaces each 0.5 by a random number; in
+        sampling 0.5 stays and means no noise."""
         cfg, shape = self.cfg, (len(t), self.cfg.depth, 2 * self.cfg.heads)
         if cfg.route == "random" and not full_model:
             return random_masks(t, cfg)
@@ -439,8 +440,8 @@ def param_groups(model, lr):
 def cost(cfg):
     """Cost of one image: GMAC, 1e9 multiply-accumulates in matrix products, with every switch on
     and at the target. Both include the routers; a dense DiT has none. The paper's 118.69 GFLOPs of
-    DiT-XL/2 are its products (118.62) and 4 more per element of each LayerNorm. Which parameters
-    are idle changes with time and token, so no parameter is called idle."""
+    DiT-XL/2 are 118.62 of matrix products plus 4 operations for each element that a LayerNorm
+    reads. No parameter is always idle: each is used at some time or token."""
     L, D = (cfg.size // cfg.patch) ** 2, cfg.dim
     block = 4 * L * D * D + 2 * L * L * D + 8 * L * D * D + 6 * D * D   # qkvo; QK', AV; MLP; adaLN
     routers = L * (D + 1) * (D // 16) + 2 * D * (cfg.heads - cfg.always_on)

@@ -146,3 +146,14 @@ class Evil:
 
     def __reduce__(self):
         return os.system, (f"touch {os.environ['MARK']}",)
+
+
+def harmed(raw, rng):
+    """Some bytes changed, cut off, put in or left out, half of them near the beginning."""
+    raw = bytearray(raw)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        at = rng.randrange(max(1, len(raw) if rng.random() < 0.5 else min(len(raw), 300)))
+        n, how = rng.choice([1, 4, 100]), rng.randrange(6)
+        raw[at : at + (0, n, n, 1, 4, len(raw))[how]] = (
+            rng.randbytes(n), b"", rng.randbytes(n), rng.randbytes(1), b"\xff" * 4, b"")[how]
+    return bytes(raw)

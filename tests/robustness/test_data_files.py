@@ -21,7 +21,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, Evil, run_cli
+from helpers import ROOT, Evil, harmed, run_cli
 from PIL import Image
 
 from common.cli import UserError
@@ -460,17 +460,6 @@ def test_encode_refuses_options_out_of_range(tmp_path, option):
 
 
 # ------------------------------------------------------------------------------------------- chance
-
-def harmed(raw, rng):
-    """Some bytes changed, cut off, put in or left out, half of them near the beginning."""
-    raw = bytearray(raw)
-    for _ in range(rng.choice([1, 1, 1, 2, 5])):
-        at = rng.randrange(max(1, len(raw) if rng.random() < 0.5 else min(len(raw), 300)))
-        n, how = rng.choice([1, 4, 100]), rng.randrange(6)
-        raw[at : at + (0, n, n, 1, 4, len(raw))[how]] = (
-            rng.randbytes(n), b"", rng.randbytes(n), rng.randbytes(1), b"\xff" * 4, b"")[how]
-    return bytes(raw)
-
 
 def write_sources(root):
     """-> {kind: the file of a folder that is harmed}, in folders that are read whole."""

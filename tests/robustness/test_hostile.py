@@ -17,7 +17,8 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, Evil, assert_same, golden, run_cli, smallest_run, write_model
+from helpers import (
+    ROOT, Evil, assert_same, golden, harmed, run_cli, smallest_run, write_model)
 
 import sample
 import train
@@ -286,17 +287,6 @@ def test_every_load_is_weights_only_and_no_array_is_unpickled():
         risky = re.findall(r"pickle\.loads?\(|joblib|dill|\beval\(\w|exec\(", text)
         allowed = ["pickle.loads("] if file.name == "cifar10.py" else []    # of a known SHA-256
         assert risky == allowed, file
-
-
-def harmed(raw, rng):
-    """Some bytes changed, cut off, put in or left out, half of them near the beginning."""
-    raw = bytearray(raw)
-    for _ in range(rng.choice([1, 1, 1, 2, 5])):
-        at = rng.randrange(max(1, len(raw) if rng.random() < 0.5 else min(len(raw), 300)))
-        n, how = rng.choice([1, 4, 100]), rng.randrange(6)
-        raw[at : at + (0, n, n, 1, 4, len(raw))[how]] = (
-            rng.randbytes(n), b"", rng.randbytes(n), rng.randbytes(1), b"\xff" * 4, b"")[how]
-    return bytes(raw)
 
 
 def rezipped(raw, rng):
