@@ -55,10 +55,11 @@ A controlled study of MoE in SiT-XL (arXiv:2607.24665): FID 5.20 dense, 4.65 wit
 a shared expert in addition, 0.6 % less.
 At initialisation the two chosen probabilities of E = 8 sum to about 0.43, so the routed experts
 begin with less than half of the weight of the shared ones.
-What we found (experiments/README.md has figures and commands): experts specialise by position. By
-step and by class they specialise little; Fashion-MNIST gives the same result. We do not see "few
-experts early, all late" (Fig. 7): the concentration over the steps is U-shaped. With the balance
-loss every expert stayed in use; row M5 of the ledger compares this with alpha = 0.
+What we found (experiments/README.md has figures and commands): experts specialise by position
+(0.35 to 0.66 bits in six layers; Fashion-MNIST, one seed), and little by step (0.03 to 0.16) and by
+class (0.04 to 0.08). We do not see "few experts early, all late" (Fig. 7): the concentration over
+the steps is U-shaped. With the balance loss every expert stayed in use; row M5 of the ledger
+compares this with alpha = 0.
 
 Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width, H
 heads, N depth, M of the N blocks have experts, E experts, k chosen per token, h width inside an
