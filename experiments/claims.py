@@ -190,7 +190,7 @@ CLAIMS = [
                   shown=True)),
           note="Saved time divided by saved FLOPs, minus 1, in %."),
     Claim("Y3", "fine-tuning takes less than 3 % of the parent's iterations", "abstract", "N",
-          why="gates need some hundred steps to move: 40 % of a parent that trained for 1,000"),
+          why="gates need some hundred steps to move: a third of a parent that trained for 1,200"),
     Claim("Y4", "larger models bear a smaller lambda", "Fig. 3", "G", 3,
           tuple(Contrast("loss", tuned(*s, dense=dense(192)), dense(192), work=SWITCHED,
                          beyond=(tuned(*s, dense=dense(64)), dense(64)))
