@@ -29,9 +29,9 @@ HEADERS = threading.Lock()  # np.load parses a header with Python's own parser, 
                             # raises a SystemError in Python 3.11 if several threads use it
 
 
-def read_array(file, key=None):
-    """A .npy file, memory-mapped and not yet read, or one array of an .npz. Never unpickles.
-    Raises UserError."""
+def read_array(file, key=None, mapped=False):
+    """A .npy file, or one array of an .npz. mapped: memory-mapped and not yet read, as every large
+    file is. Never unpickles. Raises UserError."""
     try:
         if not os.path.isfile(file):
             raise UserError("not a regular file")           # opening a pipe would wait for ever
@@ -39,8 +39,9 @@ def read_array(file, key=None):
             with zipfile.ZipFile(file) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > MAX_NPZ_BYTES:
                     raise UserError(f"unpacks to more than {MAX_NPZ_BYTES:,} bytes")
+        mapped = mapped or os.path.getsize(file) > MAX_NPZ_BYTES
         with HEADERS:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
+            array = np.load(file, mmap_mode="r" if mapped else None, allow_pickle=False)
             if key is not None:
                 with array:
                     array = array[key]
@@ -119,7 +120,7 @@ def load_native(main, part, kind):
         raise UserError(f"{meta_file}: needs kind ({', '.join(MOMENTS)}) and scale")
     if type(shift) not in (int, float) or not abs(shift) <= 1e30:
         raise UserError(f"{meta_file}: shift must be a number")
-    array = read_array(latents_file)
+    array = read_array(latents_file, mapped=True)
     if array.ndim not in (4, 5) or array.ndim == 5 and array.shape[1] not in (1, 2):
         raise UserError(f"{latents_file}: must be (N, C, S, S) or (N, 2, C, S, S), not "
                         f"{array.shape}")
@@ -134,7 +135,8 @@ def load_native(main, part, kind):
     flips = array.ndim == 5 and array.shape[1] == 2
 
     def read(rows, mirrored):
-        array = read_array(latents_file)        # anew: what was read stays resident until unmapped
+        # anew: what was read stays resident until unmapped
+        array = read_array(latents_file, mapped=True)
         array = array[rows, np.array(mirrored, int)] if array.ndim == 5 else array[rows]
         return to_moments(latents_file, array, kind)                            # (n, M, C, S, S)
 
