@@ -16,8 +16,10 @@ their files reads as a diff against this one.
     a block:  x -+- norm, modulate - attention - *gate1 -(+)-+- norm, modulate - MLP - *gate2 -(+)-
                  +----------------------------------------+  +----------------------------------+
 
-    x = x + gate1 * Attention(modulate(LN(x), shift1, scale1))   modulate(x) = x (1 + scale) + shift
-    x = x + gate2 * MLP(modulate(LN(x), shift2, scale2))            (DiT, Fig. 3)
+Equations of a block (DiT, Fig. 3); (a) and (b) mark the lines that compute them:
+    x = x + gate1 * Attention(modulate(LN(x), shift1, scale1))                                   (a)
+    x = x + gate2 * MLP(modulate(LN(x), shift2, scale2))                                         (b)
+    modulate(x, shift, scale) = x (1 + scale) + shift
 
 Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width,
 H heads, N depth.  Time: t = 0 is data, t = 1 is noise (see diffusion.py).
@@ -72,8 +74,8 @@ class Block(nn.Module):
     def forward(self, x, c):
         six = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                # 6 x (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = six
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))      # (B, L, D)
-        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))       # (B, L, D)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))      # (B, L, D)  (a)
+        x = x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))       # (B, L, D)  (b)
         return x
 
 

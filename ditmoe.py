@@ -21,12 +21,15 @@ The question: can a DiT get many more parameters without paying for all of them 
     t2 -> F3, F2        --->       F2: t1 t2          --->     y2 = ...
     t3 -> F1, F4                   F3: t2    F4: t1 t3         y3 = ...
 
-Equations (x: the normed and modulated token that DiT's MLP would get: it knows time and class)
-    probs = softmax(W x)                           chosen = the k experts with the largest probs
-    MoE(x) = sum over chosen e of probs_e F_e(x) + F_s(x)
-    F_e(x) = (silu(x W_gate) * x W_up) W_down, 4D wide inside. F_s: the same form, n_s D wide.
-    L_balance = sum_e f_e p_e,   f_e = E n_e / (k T),   p_e = mean of probs_e    (Eq. 5)
-    L = L_diffusion + alpha * sum over layers of L_balance,   alpha = 0.005
+Equations (x: the normed and modulated token that DiT's MLP would get: it knows time and class);
+(a), (b), ... mark the lines that compute them:
+    probs = softmax(W x)                                                                         (a)
+    chosen = the k experts with the largest probs                                                (b)
+    MoE(x) = sum over chosen e of probs_e F_e(x) + F_s(x)                                        (c)
+    F_e(x) = (silu(x W_gate) * x W_up) W_down, 4D wide inside. F_s: the same form, n_s D wide.   (d)
+    f_e = E n_e / (k T),   p_e = mean of probs_e                                                 (e)
+    L_balance = sum_e f_e p_e                                   (Eq. 5)                          (f)
+    L = L_diffusion + alpha * sum over layers of L_balance,   alpha = 0.005                      (g)
 n_e is the number of tokens that chose e, out of k T pairs: f_e = 1 is a fair share. f is a count
 and therefore a constant; the gradient flows through p.
 
@@ -137,7 +140,7 @@ def top_k_gating(probs, k, renormalize=False):
     """The paper: every token takes its k most probable experts, weighted by their probabilities.
 
     probs (..., E), rows sum to 1 -> gates (..., k), chosen (..., k) expert ids, best first."""
-    gates, chosen = probs.topk(k, dim=-1)
+    gates, chosen = probs.topk(k, dim=-1)                                       # (b)
     if renormalize:
         gates = gates / gates.sum(-1, keepdim=True)
     return gates, chosen
@@ -152,12 +155,12 @@ def balance_loss(probs, chosen, scope="batch"):
     assigned = torch.zeros_like(probs).scatter(2, chosen, 1.0)                  # (B, L, E)
     count, p = assigned.sum(1), probs.mean(1)                                   # (B, E) each
     if scope == "batch":
-        count, p = count.sum(0, keepdim=True), p.mean(0, keepdim=True)          # (1, E) each
+        count, p = count.sum(0, keepdim=True), p.mean(0, keepdim=True)          # (1, E) each  (e)
         if torch.is_grad_enabled():             # not in sampling: one process may sample alone
             count = gather_processes(count).sum(0, keepdim=True)
     share = count / count.sum(1, keepdim=True)                                  # (B or 1, E)
-    f = probs.shape[2] * share                          # E n_e / (k T): 1 is a fair share
-    return (f * p).sum(1).mean(), share.mean(0)
+    f = probs.shape[2] * share                          # E n_e / (k T): 1 is a fair share  (e)
+    return (f * p).sum(1).mean(), share.mean(0)                                 # (f)
 
 
 def experts_loop(experts, x, token, expert, gate):
@@ -166,7 +169,7 @@ def experts_loop(experts, x, token, expert, gate):
     y = torch.zeros_like(x)
     for e, (w1, w2) in enumerate(zip(experts.w1, experts.w2)):
         own = token[expert == e]                                                # (n,)
-        y = y.index_add(0, own, gate[expert == e, None] * (swiglu(x[own] @ w1) @ w2))
+        y = y.index_add(0, own, gate[expert == e, None] * (swiglu(x[own] @ w1) @ w2))  # (c) (d)
     return y
 
 
@@ -184,7 +187,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(cfg.experts, cfg.dim).uniform_(-bound, bound))
 
     def forward(self, x):
-        return linear_fp32(x, self.weight).softmax(-1)
+        return linear_fp32(x, self.weight).softmax(-1)                          # (a)
 
 
 class SwiGLU(nn.Module):
@@ -197,7 +200,7 @@ class SwiGLU(nn.Module):
         xavier(*self.w1.data.split(h), self.w2.data)
 
     def forward(self, x):
-        return F.linear(swiglu(F.linear(x, self.w1)), self.w2)
+        return F.linear(swiglu(F.linear(x, self.w1)), self.w2)                  # (d)
 
 
 class MoE(nn.Module):
@@ -220,7 +223,7 @@ class MoE(nn.Module):
         token = torch.arange(chosen.numel(), device=x.device) // self.cfg.k     # (R,), k times each
         y = self.experts(x.flatten(0, 1).to(amp_dtype(x)), token, chosen.flatten(), gates.flatten())
         if self.cfg.shared:
-            y = y + self.shared_experts(x).flatten(0, 1)                        # (T, D)
+            y = y + self.shared_experts(x).flatten(0, 1)                        # (T, D)  (c)
         return y.view(x.shape).to(x.dtype), dict(balance=balance, load=load, experts=chosen)
 
 
@@ -273,7 +276,7 @@ class DiTMoE(nn.Module):
             stats.append(own)
         aux = {key: torch.stack([own[key] for own in stats if own])             # (M, ...) each
                for key in ("balance", "load", "experts")}
-        aux["balance_loss"] = self.cfg.alpha * aux.pop("balance").sum()         # sum over layers
+        aux["balance_loss"] = self.cfg.alpha * aux.pop("balance").sum()         # over layers  (g)
         return unpatchify(self.final_layer(x, c), self.cfg), aux                # (B, C or 2C, S, S)
 
 

@@ -21,13 +21,15 @@ without a new parameter? (adaLN already scales channels by t, but lets every tas
               |         ...########.      .########...      #.#.####.##.
     t = 1     noise     ....########      ....########      ###..#.##.##       (here beta = 2/3)
 
-Equations, for task n = 0..T-1 (0: least noise; n = round(t T), at most T - 1), width D, W = floor(
-beta D) open channels:
-    start_n = round((D - W) (n / (T - 1))^alpha)        mask_n[c] = 1 if start_n <= c < start_n + W
-    u = x * mask_n                                      the block reads u
-    a = gate1 * Attention(modulate(LN(u)))
-    b = gate2 * MLP(modulate(LN(u + a)))                the MLP sees a in closed channels, not x
-    out = x + a + b                                     = x + (DiT's block(u) - u)
+Equations, for task n of 0..T-1 (0: least noise), width D and W = floor(beta D) open channels;
+(a), (b), ... mark the lines that compute them:
+    n = round(t T), at most T - 1                                                                (a)
+    start_n = round((D - W) (n / (T - 1))^alpha)                                                 (b)
+    mask_n[c] = 1 if start_n <= c < start_n + W                                                  (c)
+    u = x * mask_n                              the block reads u                                (d)
+    a = gate1 * Attention(modulate(LN(u)))                                                       (e)
+    b = gate2 * MLP(modulate(LN(u + a)))        the MLP sees a in closed channels, not x         (f)
+    out = x + a + b                             = x + (DiT's block(u) - u)                       (g)
 LN averages over all D channels, zeros included; it enlarges the open ones by about 1 / sqrt(beta),
 so no rescaling as in dropout is needed. LN and shift make a closed channel nonzero again, but
 nothing of x's closed channels is in it; the MLP sees there a, the attention's output. Patch
@@ -98,7 +100,7 @@ SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, hea
 def window_starts(cfg):
     """The first channel that each task reads, (T,) int. It reads W = int(beta D) channels."""
     noise_level = torch.linspace(0, 1, cfg.tasks, dtype=torch.float64)          # (T,)  n / (T - 1)
-    return ((cfg.dim - int(cfg.beta * cfg.dim)) * noise_level**cfg.alpha).round().int()  # (T,)
+    return ((cfg.dim - int(cfg.beta * cfg.dim)) * noise_level**cfg.alpha).round().int()  # (T,)  (b)
 
 
 def random_masks(cfg):
@@ -114,7 +116,7 @@ def task_masks(cfg, table, task):
     if cfg.route != "window":
         return table[:, task, None]
     start, channel = table[task, None], torch.arange(cfg.dim, device=task.device)
-    return ((start <= channel) & (channel < start + int(cfg.beta * cfg.dim)))[None, :, None]
+    return ((start <= channel) & (channel < start + int(cfg.beta * cfg.dim)))[None, :, None]  # (c)
 
 
 class Block(nn.Module):
@@ -131,10 +133,10 @@ class Block(nn.Module):
     def forward(self, x, c, mask):
         six = self.adaLN_modulation(c)[:, None].chunk(6, dim=-1)                # 6 x (B, 1, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = six
-        u = x * mask                                                            # (B, L, D)
-        a = gate1 * self.attn(modulate(self.norm1(u), shift1, scale1))          # (B, L, D)
-        b = gate2 * self.mlp(modulate(self.norm2(u + a), shift2, scale2))       # (B, L, D)
-        return x + a + b                        # = x + DiT's block(u) - u: written to all channels
+        u = x * mask                                                            # (B, L, D)  (d)
+        a = gate1 * self.attn(modulate(self.norm1(u), shift1, scale1))          # (B, L, D)  (e)
+        b = gate2 * self.mlp(modulate(self.norm2(u + a), shift2, scale2))       # (B, L, D)  (f)
+        return x + a + b                        # = x + DiT's block(u) - u: into all channels  (g)
 
 
 class DTR(nn.Module):
@@ -161,7 +163,7 @@ class DTR(nn.Module):
     def forward(self, x, t, y):
         x = self.x_embedder(x) + self.pos_embed                                 # (B, L, D)
         c = self.t_embedder(t) + self.y_embedder(y)                             # (B, D)
-        task = (t.float() * self.cfg.tasks).round().long().clamp(0, self.cfg.tasks - 1)  # (B,)
+        task = (t.float() * self.cfg.tasks).round().long().clamp(0, self.cfg.tasks - 1)  # (B,)  (a)
         masks = task_masks(self.cfg, self.table, task).to(x.dtype)              # (1|N, B, 1, D)
         for block, mask in zip(self.blocks, masks.expand(self.cfg.depth, -1, -1, -1)):
             x = block(x, c, mask)                                               # (B, L, D)

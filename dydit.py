@@ -25,16 +25,20 @@ be left out without making the images worse?
         head 2 |  off   |         |####|off |####|      of W_2, in the same way.
         head 3 |########|         |####|off |####|
 
-    gate:    on = [logit + n > 0],  n = log(u / (1 - u)),  u uniform in (0, 1);  sampling: n = 0
-             P(on) = sigmoid(logit);  backward: d on / d logit = sigmoid'((logit + n) / tau) / tau
-    block:   x = x + gate1 * (W_o [heads * softmax(q k') v] + b_o)
-             x = x + gate2 * tokens * (W_2 GELU(groups * (W_1 h + b_1)) + b_2),  h = modulate(LN(x))
-    ratio:   r = mean over blocks of  a mean(heads) + (1 - a) mean(groups) mean(tokens),
-             a = (4D + 2L) / (12D + 2L): attention's share of a dense block, 0.40 for S, 0.36 for XL
-    total:   loss = diffusion loss + 2 (mean of r over the batch - lambda_step)^2
-                    [+ diffusion loss of the full model, during the first full_model_steps]
-    lambda_step: draw a line from 1 at step 0 to lambda at step W. The target is 1 before step 100,
-             then this line: it jumps at step 100 (to 0.95 for lambda = 0.5, W = 1000).
+Equations; (a), (b), ... mark the lines that compute them:
+    gate:    on = [logit + n > 0],  n = log(u / (1 - u)),  u uniform in (0, 1);                  (a)
+             P(on) = sigmoid(logit);  sampling: n = 0
+             backward: d on / d logit = sigmoid'((logit + n) / tau) / tau                        (b)
+    block:   x = x + gate1 * (W_o [heads * softmax(q k') v] + b_o)                               (c)
+             h = modulate(LN(x))
+             x = x + gate2 * tokens * (W_2 GELU(groups * (W_1 h + b_1)) + b_2)                   (d)
+    ratio:   r = mean over blocks of  a mean(heads) + (1 - a) mean(groups) mean(tokens),         (e)
+             a = (4D + 2L) / (12D + 2L): attention's share of a dense block,                     (f)
+             0.40 for S, 0.36 for XL
+    total:   loss = diffusion loss + 2 (mean of r over the batch - lambda_step)^2                (g)
+                    [+ diffusion loss of the full model, during the first full_model_steps]      (h)
+    lambda_step: draw a line from 1 at step 0 to lambda at step W. The target is 1 before step   (i)
+             100, then this line: it jumps at step 100 (to 0.95 for lambda = 0.5, W = 1000).
 
 The FLOPs loss at its extremes, from step W on: 0 if the mean ratio of the batch is lambda, however
 it is spread over times and images; 2 (1 - lambda)^2 = 0.5 for lambda = 0.5 if everything is on.
@@ -146,9 +150,9 @@ def gate(logit, u, tau=5.0):
 
     logit and u in [0, 1], any shape. u uniform: training. u = 0.5 means no noise: on where
     logit > 0. u = 1 forces the switch on and u = 0 forces it off; it then has no gradient."""
-    logit = logit + u.logit()                           # the difference of two Gumbels is logistic
-    hard, soft = (logit > 0).to(logit.dtype), (logit / tau).sigmoid()
-    return hard - soft.detach() + soft                  # exactly hard: (0 - s) + s, (1 - s) + s
+    logit = logit + u.logit()                           # two Gumbels' difference is logistic  (a)
+    hard, soft = (logit > 0).to(logit.dtype), (logit / tau).sigmoid()           # (a)
+    return hard - soft.detach() + soft                  # = hard: (0 - s) + s, (1 - s) + s  (b)
 
 
 def flops_per_token(heads, groups, tokens, cfg):
@@ -156,14 +160,15 @@ def flops_per_token(heads, groups, tokens, cfg):
 
     The mean over tokens and blocks is the FLOPs ratio r: 1 if everything is on, 1/H with one head,
     one group and every token."""
-    a, m = 4 * cfg.dim + 2 * (cfg.size // cfg.patch) ** 2, 8 * cfg.dim  # q, k, v, o, QK', AV; MLP
+    a, m = 4 * cfg.dim + 2 * (cfg.size // cfg.patch) ** 2, 8 * cfg.dim  # qkvo, QK', AV; MLP  (f)
+    # r, before the mean over tokens and blocks  (e)
     return (a * heads.mean(-1)[..., None] + m * groups.mean(-1)[..., None] * tokens) / (a + m)
 
 
 def lambda_step(step, cfg):
     """The target ratio of one training step, see lambda_step in the docstring above."""
-    progress = min(step / max(cfg.anneal_steps, 1), 1)
-    return 1.0 if step < cfg.anneal_start else 1 - (1 - cfg.target) * progress
+    progress = min(step / max(cfg.anneal_steps, 1), 1)                          # (i)
+    return 1.0 if step < cfg.anneal_start else 1 - (1 - cfg.target) * progress  # (i)
 
 
 def loss(diffusion, model, x0, y, step, rng):
@@ -183,9 +188,10 @@ def loss(diffusion, model, x0, y, step, rng):
     each, aux = diffusion.loss(lambda *xty: model(*xty, gate_noise=gate_noise), x0, y, t, noise)
     if step < cfg.full_model_steps:                     # so that the full model stays good
         full, _ = diffusion.loss(lambda *xty: model(*xty, full_model=True), x0, y, t, noise)
-        aux["full_model_loss"] = (weight * full).mean()
+        aux["full_model_loss"] = (weight * full).mean()                         # (h)
+    # 0 if the mean ratio is on target  (g)
     aux["flops_loss"] = cfg.weight * (global_mean(aux["flops"].mean()) - lambda_step(step, cfg))**2
-    return (weight * each).mean(), aux
+    return (weight * each).mean(), aux                                          # (g)
 
 
 def global_mean(v):
@@ -249,8 +255,8 @@ def attention(layer, x, mask=None, active=None):
     rows = None if active is None else torch.cat([active, active + H, active + 2 * H])  # q, k, v
     qkv = F.linear(x, take(layer.qkv.weight, rows, 3 * H), take(layer.qkv.bias, rows, 3 * H))
     x = attend(*qkv.view(B, L, 3, -1, D // H).permute(2, 0, 3, 1, 4))           # (B, h, L, D/H)
-    x = (x if mask is None else x * mask[:, :, None, None].to(x.dtype)).transpose(1, 2)
-    return F.linear(x.flatten(2), take(layer.proj.weight, active, H, 1), layer.proj.bias)
+    x = (x if mask is None else x * mask[:, :, None, None].to(x.dtype)).transpose(1, 2)  # (c)
+    return F.linear(x.flatten(2), take(layer.proj.weight, active, H, 1), layer.proj.bias)  # (c)
 
 
 def mlp(layer, x, H, mask=None, active=None):
@@ -260,8 +266,8 @@ def mlp(layer, x, H, mask=None, active=None):
     The mask comes before GELU, and GELU(0) = 0, so b_1 vanishes too. b_2 is always added."""
     x = F.linear(x, take(layer.fc1.weight, active, H), take(layer.fc1.bias, active, H))
     x = x if mask is None else x * mask.repeat_interleave(x.shape[-1] // H, 1)[:, None].to(x.dtype)
-    x = F.gelu(x, approximate="tanh")                                           # (..., 4gD/H)
-    return F.linear(x, take(layer.fc2.weight, active, H, 1), layer.fc2.bias)    # (..., D)
+    x = F.gelu(x, approximate="tanh")                                           # (..., 4gD/H)  (d)
+    return F.linear(x, take(layer.fc2.weight, active, H, 1), layer.fc2.bias)    # (..., D)  (d)
 
 
 class Block(nn.Module):
@@ -290,10 +296,10 @@ class Block(nn.Module):
             x = x + gate1 * attention(self.attn, modulate(self.norm1(x), shift1, scale1), heads)
             tokens = self.token_selection(x, u)                                 # (B, L)
             h = mlp(self.mlp, modulate(self.norm2(x), shift2, scale2), self.attn.heads, groups)
-            return x + tokens[:, :, None].to(x.dtype) * gate2 * h, tokens       # (B, L, D), (B, L)
+            return x + tokens[:, :, None].to(x.dtype) * gate2 * h, tokens       # (B, L, D)  (d)
         # Sampling: compute only what is on, and write it into x, because new memory is slow.
         torch.addcmul(shift1, h := self.norm1(x), 1 + scale1, out=h)            # modulate() into h
-        x.addcmul_(gate1, attention(self.attn, h, active=heads))                # (B, L, D)
+        x.addcmul_(gate1, attention(self.attn, h, active=heads))                # (B, L, D)  (c)
         tokens = u if all_on else self.token_selection(x, u)                    # (B, L)
         rows = None if all_on else tokens.flatten().nonzero().squeeze(1)        # (M,), a GPU sync
         torch.addcmul(shift2, h := self.norm2(x), 1 + scale2, out=h)            # (B, L, D)
@@ -302,7 +308,7 @@ class Block(nn.Module):
         elif len(rows):
             h = mlp(self.mlp, h.flatten(0, 1).index_select(0, rows), self.attn.heads, active=groups)
             h = (gate2[:, 0].index_select(0, rows // x.shape[1]) * h).to(x.dtype)       # (M, D)
-            x.view(-1, x.shape[-1]).index_add_(0, rows, h)                      # into (B*L, D)
+            x.view(-1, x.shape[-1]).index_add_(0, rows, h)                      # into (B*L, D)  (d)
         return x, tokens
 
 
@@ -349,7 +355,7 @@ class DyDiT(nn.Module):
         for i, (block, v) in enumerate(zip(self.blocks, u[..., -x.shape[1] :].unbind(1))):
             x, tokens[i] = block(x.contiguous(), c, v, *masks[i], bool(active), all_on)
         tokens = torch.stack(tokens, dim=1)                                     # (B, N, L)
-        cost = flops_per_token(heads, groups, tokens, self.cfg)                 # (B, N, L)
+        cost = flops_per_token(heads, groups, tokens, self.cfg)                 # (B, N, L)  (e)
         aux = dict(map=cost.transpose(0, 1).clone(), flops=cost.mean((1, 2)), heads=heads,
                    groups=groups, tokens=tokens[..., None].clone())     # FSDP wants no views
         return unpatchify(self.final_layer(x, c), self.cfg), aux                # (B, C or 2C, S, S)
@@ -393,7 +399,7 @@ def random_masks(t, cfg):
     the same share for heads, groups and tokens: a w + (1 - a) w^2 = lambda. If the first head and
     group are always on, the others are on less often."""
     H, L, on = cfg.heads, (cfg.size // cfg.patch) ** 2, int(cfg.always_on and cfg.heads > 1)
-    a = (4 * cfg.dim + 2 * L) / (12 * cfg.dim + 2 * L)  # attention's share of a block
+    a = (4 * cfg.dim + 2 * L) / (12 * cfg.dim + 2 * L)  # attention's share of a block  (f)
     w = (math.sqrt(a * a + 4 * (1 - a) * cfg.target) - a) / (2 * (1 - a))
     i = torch.arange(cfg.depth * (2 * H + L), device=t.device)
     u = (i * 12.9898 + t.float()[:, None] * 78.233).sin() * 43758.5453  # as graphics shaders do

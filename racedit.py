@@ -26,15 +26,20 @@ ones alike. Can the router decide how much compute a token deserves?
     u1    [.8  .2  .9]              [x  .  x]   2 experts
     u2    [.6  .1  .5]              [.  .  .]   0 experts
 
-Equations (x: the normed and modulated token that the MLP of DiT would get)
-    r = GELU(x W_1 + b_1)    logits = r W_g + b_g    gates = G(logits)        a router in each layer
-    MoE(x) = sum over the experts e that x won of gates_e F_e(x)              F_e: MLP, h = 4D/split
-    training: assigned = 1 for the K = B*L*k largest gates, v = the K-th; tau <- m tau + (1 - m) v
-    sampling: assigned = 1 where gates >= tau
-    P' = probs^T probs, probs = softmax(logits)     M' = assigned^T assigned     (E, E)  (Eqs. 9-11)
-    W_ii = E M'_ii / sum_a M'_aa          W_ij = (E^2 - E) M'_ij / sum_{a != b} M'_ab,  i != j
-    L_sim = 1/T sum_ij W_ij P'_ij         L_plr = mean (r W_t + b_t - target of the final layer)^2
-    L = L_diffusion + sum over layers of (1e-4 L_sim + 1e-2 L_plr)
+Equations (x: the normed and modulated token that the MLP of DiT would get); (a), (b), ... mark the
+lines that compute them:
+    r = GELU(x W_1 + b_1)                                       a router in each layer           (a)
+    logits = r W_g + b_g,  gates = G(logits)                                                     (b)
+    MoE(x) = sum over the experts e that x won of gates_e F_e(x)      F_e: MLP, h = 4D/split     (c)
+    training: assigned = 1 for the K = B*L*k largest gates, v = the K-th                         (d)
+              tau <- m tau + (1 - m) v                                                           (e)
+    sampling: assigned = 1 where gates >= tau                                                    (f)
+    P' = probs^T probs,  probs = softmax(logits)                (E, E)  (Eqs. 9-11)              (g)
+    M' = assigned^T assigned                                    (E, E)                           (h)
+    W_ii = E M'_ii / sum_a M'_aa,  W_ij = (E^2 - E) M'_ij / sum_{a != b} M'_ab,  i != j          (i)
+    L_sim = 1/T sum_ij W_ij P'_ij                                                                (j)
+    L_plr = mean (r W_t + b_t - target of the final layer)^2                                     (k)
+    L = L_diffusion + sum over layers of (1e-4 L_sim + 1e-2 L_plr)                               (l)
 G is the identity: the score itself is the weight, so scores compare across tokens. A sigmoid
 selects the same pairs with other weights. A softmax makes a token's gates sum to 1, so a hard token
 cannot outbid the others on several experts: it is worst in Table 1 (FID 16.47; identity 13.66).
@@ -145,14 +150,14 @@ def select(gates, k, route="race"):
     token on average; K is rounded down, but it is at least 1."""
     groups = ROUTES[route](gates.detach())                                      # (groups, pairs)
     K = max(1, groups.shape[1] * k // gates.shape[2])
-    score, place = groups.topk(K, dim=1, sorted=False)                          # (groups, K)
+    score, place = groups.topk(K, dim=1, sorted=False)                          # (groups, K)  (d)
     return ROUTES[route](pair_index(gates)).gather(1, place).flatten(), score.amin(1)
 
 
 def select_by_threshold(gates, tau, route="race"):
     """Sampling: all pairs that reach tau (groups,), indices as from select(). What one image gets
     does not depend on the other images."""
-    return ROUTES[route](pair_index(gates))[ROUTES[route](gates) >= tau[:, None]]
+    return ROUTES[route](pair_index(gates))[ROUTES[route](gates) >= tau[:, None]]  # (f)
 
 
 def pair_index(gates):
@@ -165,11 +170,11 @@ def similarity_loss(logits, assigned):
 
     logits, assigned (T, E), assigned is 0 or 1 -> scalar. The docstring above tells its extremes.
     W counts winners and is a constant: gradient flows through the softmax only."""
-    (T, E), probs = logits.shape, logits.softmax(-1)
-    shared = gather_processes(linear_fp32(assigned.mT, assigned.mT)[None]).sum(0)   # M' (E, E)
+    (T, E), probs = logits.shape, logits.softmax(-1)                            # (g)
+    shared = gather_processes(linear_fp32(assigned.mT, assigned.mT)[None]).sum(0)   # (E, E)  (h)
     load, both = shared.diagonal().diag(), shared.tril(-1) + shared.triu(1)     # i = j; i != j
-    W = E * load / load.sum() + (E * E - E) * both / both.sum().clamp(min=1)    # each part: mean 1
-    return (W * linear_fp32(probs.mT, probs.mT)).sum() / T                      # P' = probs^T probs
+    W = E * load / load.sum() + (E * E - E) * both / both.sum().clamp(min=1)    # each mean 1  (i)
+    return (W * linear_fp32(probs.mT, probs.mT)).sum() / T                      # P' (g), L_sim (j)
 
 
 def balance_loss(logits, assigned):
@@ -185,7 +190,7 @@ def experts_loop(experts, x, token, expert, gate):
     y = torch.zeros_like(x)
     for e, (w1, b1, w2, b2) in enumerate(zip(experts.w1, experts.b1, experts.w2, experts.b2)):
         own = token[expert == e]                                                # (n,)
-        y = y.index_add(0, own, gate[expert == e, None] * (gelu(x[own] @ w1 + b1) @ w2 + b2))
+        y = y.index_add(0, own, gate[expert == e, None] * (gelu(x[own] @ w1 + b1) @ w2 + b2))  # (c)
     return y
 
 
@@ -202,9 +207,9 @@ class Router(nn.Module):
         self.target = nn.Linear(cfg.dim, cfg.patch**2 * cfg.channels)           # W_t, training only
 
     def forward(self, x):
-        r = F.gelu(linear_fp32(x, self.hidden.weight, self.hidden.bias))        # (B, L, D)
+        r = F.gelu(linear_fp32(x, self.hidden.weight, self.hidden.bias))        # (B, L, D)  (a)
         target = linear_fp32(r, self.target.weight, self.target.bias) if self.training else None
-        return linear_fp32(r, self.score.weight, self.score.bias), target
+        return linear_fp32(r, self.score.weight, self.score.bias), target       # (b)
 
 
 class MoE(nn.Module):
@@ -222,7 +227,7 @@ class MoE(nn.Module):
 
     def forward(self, x):
         (logits, target), E = self.router(x), self.cfg.experts  # (B, L, E), (B, L, P*P*C) or None
-        gates = GATES[self.cfg.gate](logits)                                    # (B, L, E)
+        gates = GATES[self.cfg.gate](logits)                                    # (B, L, E)  (b)
         winners, kth_score = self.compete(gates)                                # (R,), (groups,)
         assigned = gates.new_zeros(gates.numel()).index_fill(0, winners, 1.0).view(-1, E)   # (T, E)
         stats = dict(map=assigned.sum(1).view(x.shape[:2]), load=assigned.sum(0))
@@ -232,7 +237,7 @@ class MoE(nn.Module):
                           target_prediction=unpatchify(target, self.cfg),
                           kth_score_stat=kth_score[:len(self.tau)])
         y = self.experts(x.flatten(0, 1), winners // E, winners % E,
-                         gates.flatten().index_select(0, winners))              # (T, D)
+                         gates.flatten().index_select(0, winners))              # (T, D)  (c)
         return y.view(x.shape).to(x.dtype), stats
 
     def compete(self, gates):
@@ -296,7 +301,7 @@ class RaceDiT(nn.Module):
             stats.append(own)
         aux = {key: torch.stack([own[key] for own in stats]) for key in own}    # (N, ...) each
         if self.training:
-            aux["sim_loss"] = self.cfg.sim * aux.pop("similarity").sum()
+            aux["sim_loss"] = self.cfg.sim * aux.pop("similarity").sum()        # (l)
             aux["balance_loss"] = self.cfg.balance * aux.pop("balance").sum()
         return unpatchify(self.final_layer(x, c), self.cfg), aux                # (B, C or 2C, S, S)
 
@@ -304,7 +309,7 @@ class RaceDiT(nn.Module):
         """tau <- m tau + (1 - m) v in every layer; the first v replaces nan. train.py calls this
         once per step, after backward(), because activation checkpointing and accumulation run
         forward() more often than that."""
-        for tau, v in zip([block.moe.tau for block in self.blocks], aux["kth_score_stat"]):
+        for tau, v in zip([block.moe.tau for block in self.blocks], aux["kth_score_stat"]):  # (e)
             tau.copy_(torch.where(tau.isnan(), v, tau.lerp(v.to(tau), 1 - self.cfg.momentum)))
 
 
@@ -318,10 +323,10 @@ def loss(diffusion, model, x0, y, step, rng):
     below the router."""
     t, noise = diffusion.sample_times_and_noise(x0, rng)
     per_image, aux = diffusion.loss(model, x0, y, t, noise)
-    error = (aux.pop("target_prediction").float() - diffusion.target(x0, noise, t)).square()
-    # summed over layers; DDP keeps the model in .module
+    error = (aux.pop("target_prediction").float() - diffusion.target(x0, noise, t)).square()  # (k)
+    # summed over layers; DDP keeps the model in .module  (l)
     aux["plr_loss"] = getattr(model, "module", model).cfg.plr * error.flatten(1).mean(1).sum()
-    return per_image.mean(), aux
+    return per_image.mean(), aux                                                # (l)
 
 
 def cost(cfg):
