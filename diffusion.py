@@ -4,12 +4,13 @@
     t = 0                      t                       t = 1
     data x0 <---- x_t <---- x_t <---- x_t <--------- noise e     sampling: step back from t = 1 to 0
 
-Time is t in [0, 1] everywhere: 0 is data, 1 is noise. DDPM's step n of 0..999 is t = n/1000.
+Time is t in [0, 1] everywhere: 0 is data, 1 is noise. DDPM's step n of 0..999 is t = n/1000; its
+step 0 has a little noise (abar = 0.9999).
 Codebases that count the other way (t = 1 is data): SiT, lightning-DiT, torchcfm.
 
              x_t                                the network predicts
     flow     (1 - t) x0 + t e                   v = e - x0
-    DDPM     sqrt(abar) x0 + sqrt(1 - abar) e   e (or v), and an interpolation of two variances
+    DDPM     sqrt(abar) x0 + sqrt(1 - abar) e   e (or DDPM's v), and perhaps the variance
 
 Letters: B batch, C channels, S side of the image; x (B, C, S, S), t (B,), y (B,). abar is the share
 of the signal's variance that is left at a step (alphas_cumprod in most code).
@@ -105,14 +106,15 @@ def guide(model, y, none, scale=1.0, channels=None, interval=(0.0, 1.0)):
     interval: (lo, hi), the times at which guidance is on."""
 
     def f(x, t):
-        time = x.new_full((len(x),), t)                 # .to(x): under autocast the model's bf16
-        if scale == 1 or not interval[0] <= t <= interval[1]:           # ends here
-            return model(x, time, y)[0].to(x)
+        time = x.new_full((len(x),), t)
+        if scale == 1 or not interval[0] <= t <= interval[1]:
+            return model(x, time, y)[0].to(x)           # autocast may have given bf16
         label = torch.cat([y, torch.full_like(y, none)])
         cond, uncond = model(torch.cat([x, x]), torch.cat([time, time]), label)[0].to(x).chunk(2)
         n = channels or x.shape[1]
-        guided = uncond[:, :n] + scale * (cond[:, :n] - uncond[:, :n])  # Ho & Salimans, Eq. (6)
-        return torch.cat([guided, cond[:, n:]], dim=1)                  # with scale = 1 + w
+        # Ho & Salimans, Eq. (6), with scale = 1 + w; the channels that are not guided are cond's
+        guided = uncond[:, :n] + scale * (cond[:, :n] - uncond[:, :n])
+        return torch.cat([guided, cond[:, n:]], dim=1)
 
     return f
 
@@ -124,9 +126,10 @@ class DDPM(nn.Module):
     """A thousand noise levels; the network predicts the noise, and may learn the reverse variance.
 
     predict: "eps", the noise (DiT), or "v" = sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans & Ho
-    2202.00512). The error of the noise hardly depends on x0 at high noise: there SNR weights the
-    error of x0 with 1e-4, and that is where a short training must learn what a class looks like.
-    The error of v weights it with 1 + SNR, so that the tiny recipe predicts v.
+    2202.00512). Both contain an estimate of x0. Its squared error is multiplied by SNR = abar /
+    (1 - abar) in the loss of eps, and by 1 + SNR in the loss of v. At the highest noise SNR is
+    1e-4, so that eps learns nothing about x0 there, but it is there that the network decides what
+    an image of the class looks like. So the tiny recipe predicts v.
     schedule: linear (DiT) or cosine (IDDPM). weighting of the squared error at each step: none,
     min-snr (gamma: 5), p2 (gamma: 1) or ant-uw (clusters: 8; its weights are learned)."""
 
@@ -210,8 +213,9 @@ class DDPM(nn.Module):
         The squared error does not train the second C channels, the variance; this term does. It is
         the KL divergence between the true reverse step (which knows x0) and the network's Gaussian.
         The mean is detached, so that the noise prediction learns from the squared error alone
-        (IDDPM Sec. 3.1; their 1/1000 of the sum over 1000 steps is the mean over steps, hence
-        weight 1, as in DiT). At n = 0 it is the likelihood of the image's 256 grey levels."""
+        (IDDPM Sec. 3.1). IDDPM adds 1/1000 of the sum over 1000 steps. That is the mean over steps,
+        so the weight is 1 here, as in DiT. At n = 0 the term is minus the log likelihood of the
+        image's 256 grey levels."""
         a = Coefficients(self.table, n)
         eps, v = prediction.chunk(2, dim=1)
         mean, log_var, *_ = self.p_mean_variance(torch.cat([eps.detach(), v], dim=1), x, a)
@@ -232,13 +236,14 @@ class DDPM(nn.Module):
             return mse / (1 + snr) ** o["gamma"] + vlb                  # 1 / (k + SNR)^gamma, k = 1
         if o["weighting"] == "ant-uw":          # uncertainty weighting: L / (2 var) + log(var) / 2
             k = o["clusters"]
-            s = self.log_var[((self.step(t) + 1) * k - 1) // self.T]    # (B,)  minimal at log(L_i
-            return ((mse + vlb) * torch.exp(-s) + k * s) / 2            # / k), L_i: cluster's loss
+            s = self.log_var[((self.step(t) + 1) * k - 1) // self.T]    # (B,)
+            # A cluster has 1/k of the images, hence k s. Minimal at s = log(its mean loss / k).
+            return ((mse + vlb) * torch.exp(-s) + k * s) / 2
         return mse + vlb
 
     def param_groups(self):
-        """The learning rate of ANT-UW's weights, 0.025 as in DTR's official code. Their own AdamW,
-        its betas (torch's) and their unclipped gradients are our choice."""
+        """The learning rate of ANT-UW's weights, 0.025 as in DTR's official code. Our choice: an
+        AdamW of their own, with torch's betas, and no clipping of their gradients."""
         return [dict(params=[p], lr=0.025, weight_decay=0.0) for p in self.parameters()]
 
     # ---- sampling
@@ -247,7 +252,7 @@ class DDPM(nn.Module):
         """One reverse step as a Gaussian: its mean and log variance, and the x0 and noise that the
         network estimates. clip_x0: a bound of |x0|; mean and noise follow from the bounded x0."""
         C = x.shape[1]
-        eps = prediction[:, :C]
+        eps = prediction[:, :C]                                         # or v
         if self.predicts_v:
             x0 = a.sqrt_abar * x - a.sqrt_1m_abar * eps
             eps = a.sqrt_abar * eps + a.sqrt_1m_abar * x
@@ -258,23 +263,25 @@ class DDPM(nn.Module):
             eps = (x - a.sqrt_abar * x0) / a.sqrt_1m_abar
         mean = a.posterior_mean_coef1 * x0 + a.posterior_mean_coef2 * x     # Eq. (7)
         if prediction.shape[1] == C:
-            return mean, a.log_beta_tilde.expand_as(x), x0, eps         # the smaller bound
-        v = (prediction[:, C:] + 1) / 2                                 # -1..1 -> 0..1
-        return mean, v * a.log_beta + (1 - v) * a.log_beta_tilde, x0, eps       # IDDPM Eq. (15)
+            return mean, a.log_beta_tilde.expand_as(x), x0, eps
+        share = (prediction[:, C:] + 1) / 2             # -1..1 -> 0..1, between beta_tilde and beta
+        log_var = share * a.log_beta + (1 - share) * a.log_beta_tilde   # IDDPM Eq. (15)
+        return mean, log_var, x0, eps
 
     def trajectory(self, f, x, steps=250, solver="ddpm", eta=0.0, noise=None, spacing=None,
                    clip_x0=None):
         """From noise x to data; yields (t, x, the x0 estimated in this step).
 
-        ddpm: ancestral sampling, new noise in each step. ddim: no new noise with eta 0, nearly ddpm
-        with eta 1. dpm++: DPM-Solver++(2M), second order, made for 10 to 30 steps. noise(i) -> the
-        normal numbers of step i, counted from 0. spacing: see respace(). Whatever steps a sampler
-        leaves out, the network gets the ORIGINAL number of a step.
+        ddpm: ancestral sampling, new noise in each step. ddim: no new noise with eta 0; with eta 1
+        the same as ddpm of the same steps without learned variance. dpm++: DPM-Solver++(2M), second
+        order, made for 10 to 30 steps. noise(i) -> the normal numbers of step i, counted from 0.
+        spacing: see respace(). Whatever steps a sampler leaves out, the network gets the ORIGINAL
+        number of a step.
 
         clip_x0: bound every estimate of x0 to [-clip_x0, clip_x0]. Images need 1: at the noisiest
         step of the cosine schedule the signal is 5e-5 of x, so that dividing by it turns an error
-        of 0.01 of the network into 200 of x0. sample.py does so. Latents have no known range, so
-        the released samplers do not clip them, nor do we unless a bound is asked for."""
+        of 0.01 in eps into 200 in x0 (v is not divided). sample.py does so. Latents have no known
+        range, so the released samplers do not clip them, nor do we unless a bound is asked for."""
         kept = steps_even_in_log_snr(self.alphas_cumprod, steps) if solver == "dpm++" else \
             respace(self.T, steps, spacing or SPACINGS[solver])         # original steps, ascending
         level = self.alphas_cumprod[kept]                               # abar of the steps kept
@@ -320,9 +327,9 @@ def respace(T, steps, spacing="linspace"):
                    leading    0 100 200 ... 800 900     the authors' DDIM, where a stride gives
                                                         this many steps (else an error, as theirs)
 
-    leading takes pure noise for x at step 900, or at step 500 with two steps, which spoils the
-    samples of few steps. So trailing is our default of DDIM, and leading is for comparisons with
-    released figures."""
+    leading starts at step 900 (of two steps: at 500), but what it gets for x is pure noise, which
+    spoils the samples of few steps. So trailing is our default of DDIM, and leading is for
+    comparisons with released figures."""
     if not 1 <= steps <= T:
         raise ValueError(f"{steps} sampling steps: between 1 and {T}")
     if spacing == "trailing":
@@ -342,9 +349,9 @@ def steps_even_in_log_snr(abar, steps):
     """-> steps for DPM-Solver++, evenly spread in lambda = log(alpha / sigma), ascending. Raises
     ValueError.
 
-    With steps evenly spread in time, the last of 20 would cross 18 to 30 % of the range of lambda,
-    with a large error. Where neighbours are further apart than one step of lambda, no two chosen
-    steps coincide, and the rest is spread evenly again: there are always as many as asked for."""
+    With steps evenly spread in time, the last of 20 could cross 18 to 30 % of the range of lambda,
+    with a large error. Where the nearest step is already taken, the next lower one is, and the rest
+    is spread evenly again: there are always as many as asked for."""
     if not 1 <= steps <= len(abar):
         raise ValueError(f"{steps} sampling steps: between 1 and {len(abar)}")
     lam = 0.5 * torch.log(abar / (1 - abar))                            # (T,) falling
@@ -352,7 +359,7 @@ def steps_even_in_log_snr(abar, steps):
     for left in range(steps - 1, 0, -1):                # how many steps are still to be chosen
         goal = lam[kept[-1]] + (lam[0] - lam[kept[-1]]) / left
         nearest = int((lam - goal).abs().argmin())
-        kept.append(max(min(nearest, kept[-1] - 1), left - 1))
+        kept.append(max(min(nearest, kept[-1] - 1), left - 1))  # at least left - 1: room for others
     return kept[::-1]
 
 
@@ -388,7 +395,8 @@ def log_snr(abar):
 
 def dpm_step(x, x0, now, then, before):
     """DPM-Solver++(2M): the linear part is solved exactly; the network's part is extrapolated by a
-    line through the last two estimates of x0."""
+    line through the last two estimates of x0. now, then: abar before and after the step; before:
+    lambda and x0 of the step before, or None."""
     if then == 1.0:
         return x0                                                       # the last step: no noise
     h = log_snr(then) - log_snr(now)

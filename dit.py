@@ -7,7 +7,8 @@ their files reads as a diff against this one.
 2. Embed the time and the class, and add the two embeddings: one vector c tells every block both.
 3. Each block computes six vectors from c: shift, scale and gate for its attention, and the same
    three for its MLP ("adaLN").
-4. All gates start at 0. A new network is therefore the identity and predicts 0 ("adaLN-Zero").
+4. All gates start at 0, so that a new block is the identity ("adaLN-Zero"). The output layer starts
+   at 0, too: a new network predicts 0.
 5. The final layer projects every token back to its patch: the predicted noise, or velocity.
 
     x (B, C, S, S) --patches--> x (B, L, D) --> N blocks --> final layer --> (B, C or 2C, S, S)
@@ -132,8 +133,9 @@ def modulate(x, shift, scale):
 
 def attend(q, k, v):
     """softmax(q k' / sqrt(D/H)) v.  q, k, v (B, H, L, D/H) -> (B, H, L, D/H)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward would
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # be 3 to 8 times slower
+    # In bf16 on a CPU the backward pass of the fused kernel is 3 to 8 times slower.
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -231,8 +233,8 @@ def sincos_2d(cfg):
 
 
 def initialize(model):
-    """DiT's initial weights: Xavier for linear layers, N(0, 0.02) for the label table and the time
-    MLP, zeros for all gates and for the output."""
+    """DiT's initial weights: Xavier for linear layers, a standard deviation of 0.02 for the label
+    table and the time MLP, zeros for adaLN (shift, scale and gate) and for the output."""
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)

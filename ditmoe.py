@@ -10,7 +10,8 @@ The question: can a DiT get many more parameters without paying for all of them 
 3. Shared experts run for every token, with weight 1. They can learn what all tokens need, so that
    the routed experts need not all learn it again.
 4. Balance loss: without it a router may send most tokens to a few experts, while the others learn
-   nothing. The loss lowers the probability of experts that are chosen more often than average.
+   nothing. The loss makes an expert less probable if it is chosen more often than the others that
+   the token finds probable.
 5. Experts have no capacity limit and no token is dropped: an image does not depend on its batch.
 
     token t1 -+- router, softmax --- [.1 .5 .1 .3] - top 2 - .5 F2(t1) + .3 F4(t1) -(+)- y1
@@ -23,11 +24,12 @@ The question: can a DiT get many more parameters without paying for all of them 
 
 Equations (x: the normed and modulated token that DiT's MLP would get: it knows time and class);
 (a), (b), ... mark the lines that compute them:
-    probs = softmax(W x)                                                                         (a)
+    probs = softmax(x W)                                                                         (a)
     chosen = the k experts with the largest probs                                                (b)
     MoE(x) = sum over chosen e of probs_e F_e(x) + F_s(x)                                        (c)
-    F_e(x) = (silu(x W_gate) * x W_up) W_down, 4D wide inside. F_s: the same form, n_s D wide.   (d)
-    f_e = E n_e / (k T),   p_e = mean of probs_e                                                 (e)
+    F_e(x) = (silu(x W_gate) * x W_up) W_down, 4D wide inside                                    (d)
+    F_s: n_s = 2 shared experts, each D wide, as one network of the same form, 2D wide
+    f_e = E n_e / (k T),   p_e = mean of probs_e over T tokens                                   (e)
     L_balance = sum_e f_e p_e                                   (Eq. 5)                          (f)
     L = L_diffusion + alpha * sum over layers of L_balance,   alpha = 0.005                      (g)
 n_e is the number of tokens that chose e, out of k T pairs: f_e = 1 is a fair share. f is a count
@@ -39,30 +41,31 @@ the logits of all experts. The balance loss is the other. If the weights are ren
 the weight is always 1: then only the balance loss trains the router.
 
 What the balance loss says at its extremes. Even counts: exactly 1, whatever the probabilities. All
-tokens choose the same k experts: between 1 and E/k, by how large the probabilities of these k are.
+tokens choose the same k experts: E/k times the mean sum of their k probabilities, from 1 to E/k.
 If 2 of 8 experts win every token, and their logits exceed the others by 0.01, 1, 3 or 10, it is
 1.008, 1.90, 3.48 or 4.00. So a value near 1 does not prove even use: look at "load" in aux.
 Worked example, E = 4, k = 2, two tokens with probs (.5 .3 .1 .1) and (.4 .1 .3 .2): they choose
 experts 1, 2 and 1, 3. n = (2 1 1 0), f = 4 n / (2 * 2) = (2 1 1 0), p = (.45 .2 .2 .15), so
 L_balance = .9 + .2 + .2 + 0 = 1.3.
 
-Main result (ImageNet 256x256, 250 DDPM steps): XL/2 with 2 of 8 experts FID 1.72, DiT-XL/2 2.27;
-512x512: 2.30 and 3.04. The same name is not the same work: two experts and the shared ones cost
-(24 + 6) D^2 multiplications per token, DiT's MLP 8 D^2, so DiT-MoE-XL/2 costs 2.8 times DiT-XL/2.
+Main result (ImageNet 256x256, 250 DDPM steps, with guidance): XL/2 with 2 of 8 experts has FID
+1.72, DiT-XL/2 2.27; at 512x512 2.30 and 3.04. The same name is not the same work. A token costs
+(24 + 6) D^2 multiplications in two experts and the shared ones, where DiT's MLP has 8 D^2; with
+the 4 D^2 of attention's layers in both, DiT-MoE-XL/2 costs 2.8 times DiT-XL/2. We count:
     8 experts, k = 2        S/2     B/2     L/2     XL/2    G/2 (16 experts)
     parameters              199M    796M    2.8B    4.2B    16.5B
     activated per token     72M     286M    1.0B    1.5B    3.2B
-    GMAC per image          16      63      222     328     698
+    GMAC, with QK' and AV   16      63      222     328     698
     GMAC of the same DiT    6       23      81      119
 A controlled study of MoE in SiT-XL (arXiv:2607.24665): FID 5.20 dense, 4.65 with experts, 4.62 with
-a shared expert in addition, 0.6 % less.
+a shared expert in addition. The last gain is smaller than the spread over seeds (0.04 to 0.06).
 At initialisation the two chosen probabilities of E = 8 sum to about 0.43, so the routed experts
 begin with less than half of the weight of the shared ones.
-What we found (experiments/README.md has figures and commands): experts specialise by position
-(0.35 to 0.66 bits in six layers; Fashion-MNIST, one seed), and little by step (0.03 to 0.16) and by
-class (0.04 to 0.08). We do not see "few experts early, all late" (Fig. 7): the concentration over
-the steps is U-shaped. With the balance loss every expert stayed in use; row M5 of the ledger
-compares this with alpha = 0.
+What we found (Fashion-MNIST, one seed, six layers; claim M9 in experiments/README.md): the choice
+of an expert (at most 3 bits) tells 0.35 to 0.66 bits about the position, most in the middle layers,
+0.03 to 0.16 bits about the step and 0.04 to 0.08 about the class. In Fig. 7 the first sampling
+steps use few experts and later steps use all more evenly; here use is uneven in the first and in
+the last steps. With the balance loss every expert stayed in use.
 
 Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width, H
 heads, N depth, M of the N blocks have experts, E experts, k chosen per token, h width inside an
@@ -84,16 +87,17 @@ Where the paper and the official code (feizc/DiT-MoE) differ, and what we do
   the number of processes does not change the gradient. This is our choice: the batch is the weaker
   demand, it leaves an image free to prefer some experts.
 - The official code does not add the balance loss to the objective but adds its gradient during the
-  backward pass. In fp16 the main loss is multiplied by a scale before that pass, this gradient is
-  not; afterwards all gradients are divided by the scale, and this one becomes nearly zero. Here
-  train.py adds every aux entry whose name ends in _loss.
+  backward pass. In fp16 the objective is multiplied by a large scale, and at the end all gradients
+  are divided by it. That of the balance loss was never multiplied, so it becomes nearly 0. Here it
+  is part of the objective: train.py adds every aux entry whose name ends in _loss.
 - The official routed experts have no gradient in eval mode and accept only float32 in training.
   Here one path serves both modes and all dtypes. The router computes in float32 (our choice).
 - Blocks with experts: the paper has "every e-th block" and compares the deep with the shallow half;
   the official code has all. We have moe_layers=all|deep|shallow; the other blocks keep DiT's MLP.
 - G: the paper's text says 32 experts, the official code 16; 16.5B parameters need 16.
-- from_dense is not in the paper. The official script starts from a DiT-MoE with one expert, and the
-  copy computes another function. Ours starts from a plain DiT and keeps the function.
+- from_dense is not in the paper. The official script copies the expert of a DiT-MoE that has only
+  one: its weight was 1, the k weights sum to less, so the function changes. Ours starts from a
+  plain DiT and keeps the function.
 - The released rectified-flow weights (XL, G) embed t in [0, 1] unscaled: time_scale=1."""
 
 import math
@@ -133,7 +137,7 @@ TINY = Config(size=28, patch=4, channels=1, classes=10, dim=128, depth=6, heads=
 TINY = replace(TINY, experts=8, k=2, hidden=1, shared=1)
 SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, heads=12),
          "L": dict(dim=1024, depth=24, heads=16), "XL": dict(dim=1152, depth=28, heads=16)}
-SIZES["G"] = dict(dim=1408, depth=40, heads=16)
+SIZES["G"] = dict(dim=1408, depth=40, heads=16, experts=16)
 
 
 def top_k_gating(probs, k, renormalize=False):
@@ -147,16 +151,16 @@ def top_k_gating(probs, k, renormalize=False):
 
 
 def balance_loss(probs, chosen, scope="batch"):
-    """sum_e f_e p_e (Eq. 5), 1 if the counts are even; see the docstring above for the other end.
+    """sum_e f_e p_e (Eq. 5): 1 if the counts are even, E / k at most; it may fall a little below 1.
 
     probs (B, L, E), chosen (B, L, k) -> loss, and the share of all pairs that each expert got (E,).
-    Counts must be summed over processes. p need not be: the loss is linear in p, and DDP averages
-    the gradients."""
+    Counts must be summed over processes. p stays local: the loss is linear in p, so the mean of the
+    gradients, which DDP takes, is the gradient for the mean p."""
     assigned = torch.zeros_like(probs).scatter(2, chosen, 1.0)                  # (B, L, E)
     count, p = assigned.sum(1), probs.mean(1)                                   # (B, E) each
     if scope == "batch":
         count, p = count.sum(0, keepdim=True), p.mean(0, keepdim=True)          # (1, E) each  (e)
-        if torch.is_grad_enabled():             # not in sampling: one process may sample alone
+        if torch.is_grad_enabled():             # a process that samples alone would wait
             count = gather_processes(count).sum(0, keepdim=True)
     share = count / count.sum(1, keepdim=True)                                  # (B or 1, E)
     f = probs.shape[2] * share                          # E n_e / (k T): 1 is a fair share  (e)
@@ -164,8 +168,8 @@ def balance_loss(probs, chosen, scope="batch"):
 
 
 def experts_loop(experts, x, token, expert, gate):
-    """What self.experts in MoE computes, written out.  x (T, D); token, expert, gate (R,), one
-    entry for each pair -> (T, D). The engine below computes the same, faster."""
+    """What self.experts in MoE computes if they are SwiGLUs, written out; only tests call it.
+    x (T, D); token, expert, gate (R,), one entry for each pair -> (T, D)."""
     y = torch.zeros_like(x)
     for e, (w1, w2) in enumerate(zip(experts.w1, experts.w2)):
         own = token[expert == e]                                                # (n,)
@@ -176,7 +180,7 @@ def experts_loop(experts, x, token, expert, gate):
 class Router(nn.Module):
     """x (B, L, D) -> probs (B, L, E), a softmax over all experts.
 
-    In float32: in bf16 many probabilities would be equal, and the top k could not tell them apart.
+    In float32: in bf16 some probabilities would be equal, and the top k could not tell them apart.
     Its matrix starts uniform in +-1/sqrt(D)."""
 
     full_precision = True                               # FSDP must not round these weights
@@ -253,7 +257,7 @@ class DiTMoE(nn.Module):
 
     prediction (B, C, S, S), or (B, 2C, S, S) with learn_sigma. aux: "balance_loss", alpha * M if
     the counts are even; "load" (M, E) shares of all pairs; "experts" (M, B, L, k) ids, best first.
-    There is no "map" of compute per token: all tokens cost the same."""
+    There is no "map" (experts per token) as in racedit.py: all tokens cost the same."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -313,11 +317,11 @@ def from_dense(state, cfg):
             "experts.w2": ".mlp.fc2.weight", "experts.b2": ".mlp.fc2.bias"}
     for key, w in model.state_dict().items():
         block, _, name = key.partition(".moe.")
-        source = block + twin[name] if name in twin else key
+        source = (block + twin[name]) if name in twin else key
         if name == "gate.weight":
             nn.init.normal_(w, std=0.02)
         elif name.startswith("shared_experts"):
-            w.mul_("fc2" not in name)                   # times 0: they add nothing at first
+            w.mul_(0 if "fc2" in name else 1)           # they add nothing at first
         elif source in state:                           # w1, w2 (E, in, out): E transposed copies
             w.copy_(state[source].t().expand_as(w) if name in twin else state[source])
         else:
@@ -382,7 +386,7 @@ class Experts(nn.Module):
 
     def one(self, z, weights):
         """One expert's network, z (n, D) -> (n, D). A CPU prepares a bf16 product anew for every n
-        that it has not seen, so n is rounded up to a multiple of 32: numbers then recur."""
+        that it has not seen, so n is rounded up to a multiple of 32: few different n remain."""
         n, (w1, b1, w2, b2) = len(z), weights
         if z.dtype == torch.bfloat16 and n % 32:
             z = F.pad(z, (0, 0, 0, -n % 32))
@@ -411,8 +415,7 @@ def grouped_linear(z, w, b, ends, expert):
 
 
 def xavier(*matrices):
-    """Xavier for each matrix by itself: for a whole stack (E, in, out) it would take E for one of
-    the two widths."""
+    """Xavier for each matrix by itself; given a stack (E, in, out) it would take E for a width."""
     for w in matrices:
         nn.init.xavier_uniform_(w)
 
@@ -460,8 +463,9 @@ def modulate(x, shift, scale):
 
 def attend(q, k, v):
     """softmax(q k' / sqrt(D/H)) v.  q, k, v (B, H, L, D/H) -> (B, H, L, D/H)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward would
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # be 3 to 8 times slower
+    # In bf16 on a CPU the backward pass of the fused kernel is 3 to 8 times slower.
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -559,8 +563,8 @@ def sincos_2d(cfg):
 
 
 def initialize(model):
-    """DiT's initial weights: Xavier for linear layers, N(0, 0.02) for the label table and the time
-    MLP, zeros for all gates and for the output."""
+    """DiT's initial weights: Xavier for linear layers, a standard deviation of 0.02 for the label
+    table and the time MLP, zeros for adaLN (shift, scale and gate) and for the output."""
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)

@@ -9,10 +9,11 @@ without a new parameter? (adaLN already scales channels by t, but lets every tas
 2. From data to noise the window slides from the first channels to the last. Neighbouring tasks read
    nearly the same channels, because neighbouring noise levels are similar ("task affinity").
 3. The start of the window grows as t^alpha. With alpha = 4 it hardly moves near the data and moves
-   fast near the noise: noisy tasks share fewer channels with their neighbours ("task weights").
+   fast near the noise: noisy tasks share fewer channels with their neighbours ("task weights": they
+   should have more channels of their own).
 4. The mask limits what a block READS. The residual stream x itself is not masked, and what a block
-   WRITES is added to all channels, to the closed ones, too.
-5. DTR adds no parameter and no loss, and about 1 % of time. With beta = 1 it is DiT.
+   WRITES is added to all channels, to the closed ones, too, so that other tasks can read it.
+5. DTR adds no parameter and no loss, and hardly any time. With beta = 1 it is DiT.
 
     channels ->         alpha = 1         alpha = 4         random routing ("R-TR", the control)
     t = 0     data      ########....      ########....      #.##.##.##.#
@@ -21,49 +22,52 @@ without a new parameter? (adaLN already scales channels by t, but lets every tas
               |         ...########.      .########...      #.#.####.##.
     t = 1     noise     ....########      ....########      ###..#.##.##       (here beta = 2/3)
 
-Equations, for task n of 0..T-1 (0: least noise), width D and W = floor(beta D) open channels;
-(a), (b), ... mark the lines that compute them:
+Equations, for task n of 0..T-1 (0: least noise), width D and W = floor(beta D) open channels. The
+last task, T - 1, reads up to the last channel. (a), (b), ... mark the lines that compute them:
     n = round(t T), at most T - 1                                                                (a)
     start_n = round((D - W) (n / (T - 1))^alpha)                                                 (b)
     mask_n[c] = 1 if start_n <= c < start_n + W                                                  (c)
     u = x * mask_n                              the block reads u                                (d)
     a = gate1 * Attention(modulate(LN(u)))                                                       (e)
-    b = gate2 * MLP(modulate(LN(u + a)))        the MLP sees a in closed channels, not x         (f)
+    b = gate2 * MLP(modulate(LN(u + a)))        in closed channels u + a is "a" alone            (f)
     out = x + a + b                             = x + (DiT's block(u) - u)                       (g)
 LN averages over all D channels, zeros included; it enlarges the open ones by about 1 / sqrt(beta),
-so no rescaling as in dropout is needed. LN and shift make a closed channel nonzero again, but
-nothing of x's closed channels is in it; the MLP sees there a, the attention's output. Patch
-embedding, final layer and c are not masked. The loss is the diffusion's own; diffusion.py has the
+so no rescaling as in dropout is needed. After LN and shift a closed channel is no longer 0, but
+nothing of its x is in it; for the MLP it holds the output of the attention. Patch embedding, final
+layer and c are not masked. The loss is the diffusion's own; diffusion.py has the
 loss weightings that the paper combines DTR with (Min-SNR, P2, ANT-UW).
 
 Example: D = 384, beta = 0.8, alpha = 4, T = 1000. W = 307, and the window starts at channel 0, 0,
-5, 51, 77 for t = 0, .25, .5, .9, 1. There are 78 different windows for the 1000 tasks; the 284
-tasks with t <= 0.28 share the first one, and 230 channels (2 beta - 1 = 60 %) are read by every
+5, 51, 77 for t = 0, .25, .5, .9, 1. There are 78 different windows for the 1000 tasks; the first
+284 tasks (t <= 0.283) share the first one, and 230 channels (2 beta - 1 = 60 %) are read by every
 task.
 
 The paper's result, FID (lower is better) of L/2 on ImageNet, guidance 1.5: DiT 12.59, DiT with
 random routing 16.18, DiT with DTR 8.90. (In the authors' follow-up, Switch-DiT, DTR makes XL/2
 worse: 9.40 to 10.85.) What we found at laptop scale: random routing is clearly worse than none, as
-in the paper; DTR is not better than DiT (experiments/README.md).
+in the paper; between DTR and DiT we saw no difference of 2.9 % of the loss or more (linear
+schedule, three seeds; claims T1 and T2 in experiments/README.md).
 
 Letters: B batch, C channels of the image, S its side, P side of a patch, L = (S/P)^2 tokens,
 D width, H heads, N depth, T tasks.  Time: t = 0 is data, t = 1 is noise (see diffusion.py).
 Read next: window_starts, then Block.forward.
 
 Differences from the paper and from the official code (byeongjun-park/DTR)
-- The window rule is the official code's. In the paper (tasks m = 1..T) a window goes from
-  round((D-W) ((m-1)/T)^alpha) to round((D-W) (m/T)^alpha) + W: some windows are a channel wider.
+- The window rule is the official code's. In the paper (tasks m = 1..T) a window begins at channel
+  round((D-W) ((m-1)/T)^alpha) and ends before round((D-W) (m/T)^alpha) + W. With T = 1000 some
+  windows are a channel wider, and some begin a channel earlier.
 - A time takes the nearest task, and t = 1 takes the last one. DDPM's step n is t = n/1000: with T =
-  1000 it is task n. Rectified flow is not in the paper; here its t is rounded to a multiple of 1/T.
-- Samplers that skip steps pass the original step n. The index of a 25-step loop (0 to 24) would
-  select the first window at every step.
+  1000 it is task n. Rectified flow is not in the paper; its t is rounded for the mask only.
+- As in the official code, samplers that skip steps pass the original step n. The index of a 25-step
+  loop (0 to 24) would select the first window at every step.
 - We keep T window starts and compare channel numbers with them. The official code keeps a (T, D)
   float table in each of its N blocks (together 129 MB for XL). Its output x*mask + a + b + x*(1 -
   mask) is our x + a + b.
-- Random masks are drawn from route_seed and not stored. The official ones have no seed and are
-  stored in the checkpoint; common/official.py loads them as route "given", which stores its masks.
-- alpha and beta are options with the official values 4 and 0.8 as defaults. The official code
-  trains with the cosine schedule; ours is linear unless --schedule cosine is given."""
+- Random masks are drawn from route_seed and not stored, and all blocks share them unless per_block.
+  The official ones differ by block, have no seed and are stored in the checkpoint;
+  common/official.py loads them as route "given", which stores its masks.
+- alpha and beta are options with the official values 4 and 0.8 as defaults. The official config has
+  the cosine schedule, as has --tiny; for paper sizes ours is linear unless --schedule cosine."""
 
 import math
 from dataclasses import dataclass, replace
@@ -89,7 +93,7 @@ class Config:
     tasks: int = 1000           # T, number of noise levels that are told apart
     route: str = "window"       # window | random (the control) | given (masks of a checkpoint)
     route_seed: int = 0         # random: two models with the same seed have the same masks
-    per_block: bool = False     # random: each block has its own masks, as in the official code
+    per_block: bool = False     # random: each block has its own masks (official code)
 
 
 TINY = Config(size=28, patch=4, channels=1, classes=10, dim=128, depth=6, heads=4)
@@ -98,7 +102,8 @@ SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, hea
 
 
 def window_starts(cfg):
-    """The first channel that each task reads, (T,) int. It reads W = int(beta D) channels."""
+    """The first channel that each task reads, (T,) int. It reads W = int(beta D) channels. A single
+    task (T = 1) reads the first W."""
     noise_level = torch.linspace(0, 1, cfg.tasks, dtype=torch.float64)          # (T,)  n / (T - 1)
     return ((cfg.dim - int(cfg.beta * cfg.dim)) * noise_level**cfg.alpha).round().int()  # (T,)  (b)
 
@@ -108,11 +113,11 @@ def random_masks(cfg):
     g = torch.Generator("cpu").manual_seed(cfg.route_seed)      # the same masks on every process
     order = torch.rand(cfg.depth if cfg.per_block else 1, cfg.tasks, cfg.dim, generator=g,
                        device="cpu").argsort(-1)        # each row is a permutation of 0..D-1
-    return (order < int(cfg.beta * cfg.dim)).to(torch.get_default_device())
+    return (order < int(cfg.beta * cfg.dim)).to(torch.get_default_device())     # perhaps "meta"
 
 
 def task_masks(cfg, table, task):
-    """What tasks (B,) read -> (1 or N, B, 1, D) bool; 1 if all N blocks have the same masks."""
+    """Tasks (B,) -> their masks (1 or N, B, 1, D) bool; 1 if all N blocks share them."""
     if cfg.route != "window":
         return table[:, task, None]
     start, channel = table[task, None], torch.arange(cfg.dim, device=task.device)
@@ -156,6 +161,7 @@ class DTR(nn.Module):
         self.y_embedder = LabelEmbedder(cfg)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.final_layer = FinalLayer(cfg)
+        # For "given" the random masks stand in until a checkpoint's are loaded.
         table = window_starts(cfg) if cfg.route == "window" else random_masks(cfg)
         self.register_buffer("table", table, persistent=cfg.route == "given")
         initialize(self)
@@ -199,8 +205,9 @@ def modulate(x, shift, scale):
 
 def attend(q, k, v):
     """softmax(q k' / sqrt(D/H)) v.  q, k, v (B, H, L, D/H) -> (B, H, L, D/H)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward would
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # be 3 to 8 times slower
+    # In bf16 on a CPU the backward pass of the fused kernel is 3 to 8 times slower.
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -298,8 +305,8 @@ def sincos_2d(cfg):
 
 
 def initialize(model):
-    """DiT's initial weights: Xavier for linear layers, N(0, 0.02) for the label table and the time
-    MLP, zeros for all gates and for the output."""
+    """DiT's initial weights: Xavier for linear layers, a standard deviation of 0.02 for the label
+    table and the time MLP, zeros for adaLN (shift, scale and gate) and for the output."""
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)

@@ -15,52 +15,55 @@ be left out without making the images worse?
     E_t --> attn_rate ---------+           E_t --> mlp_rate ------------+
                                | heads 1 . 1 . 1 .                      | groups 1 1 . 1 . 1
     x -+- norm, modulate - attention - *gate1 -(+)-+- norm, modulate - MLP - *gate2 - *tokens -(+)-
-       +----------------------------------------+  +-------------------------------------|------+
+       +----------------------------------------+  +-------------------------------------^------+
                                                    +-> token_selection -> tokens 1 . 1 1 +
 
     1 is on, . is off. E_t is the embedding of the time alone, so heads and groups are the same for
     all images of a sampling step. Sampling therefore cuts the weights. If head 2 of 3 is off:
-      rows of W_q, W_k, W_v       columns of W_o        A group of MLP channels that is off loses
-        head 1 |########|           1    2    3         its rows of W_1 and b_1, and its columns
-        head 2 |  off   |         |####|off |####|      of W_2, in the same way.
+      rows of W_q, W_k, W_v       columns of W_o
+        head 1 |########|           1    2    3
+        head 2 |  off   |         |####|off |####|
         head 3 |########|         |####|off |####|
+    A group of MLP channels that is off loses its rows of W_1 and b_1 and its columns of W_2.
 
 Equations; (a), (b), ... mark the lines that compute them:
     gate:    on = [logit + n > 0],  n = log(u / (1 - u)),  u uniform in (0, 1);                  (a)
              P(on) = sigmoid(logit);  sampling: n = 0
              backward: d on / d logit = sigmoid'((logit + n) / tau) / tau                        (b)
-    block:   x = x + gate1 * (W_o [heads * softmax(q k') v] + b_o)                               (c)
-             h = modulate(LN(x))
-             x = x + gate2 * tokens * (W_2 GELU(groups * (W_1 h + b_1)) + b_2)                   (d)
+    block:   x = x + gate1 * (W_o [heads * softmax(q k' / sqrt(D/H)) v] + b_o)                   (c)
+             x = x + gate2 * tokens * (W_2 GELU(groups * (W_1 z + b_1)) + b_2)                   (d)
+             q, k, v come from modulate(LN(x)), z is modulate(LN(x)) of the x that (c) gave;
+             gate1 and gate2 are adaLN's as in DiT, and no switches
     ratio:   r = mean over blocks of  a mean(heads) + (1 - a) mean(groups) mean(tokens),         (e)
              a = (4D + 2L) / (12D + 2L): attention's share of a dense block,                     (f)
              0.40 for S, 0.36 for XL
     total:   loss = diffusion loss + 2 (mean of r over the batch - lambda_step)^2                (g)
                     [+ diffusion loss of the full model, during the first full_model_steps]      (h)
-    lambda_step: draw a line from 1 at step 0 to lambda at step W. The target is 1 before step   (i)
-             100, then this line: it jumps at step 100 (to 0.95 for lambda = 0.5, W = 1000).
+    lambda_step: 1 before step 100; then the line from 1 at step 0 to lambda at step W, so that  (i)
+             it drops to 0.95 at step 100 (lambda = 0.5, W = 1000); lambda from step W on
 
 The FLOPs loss at its extremes, from step W on: 0 if the mean ratio of the batch is lambda, however
 it is spread over times and images; 2 (1 - lambda)^2 = 0.5 for lambda = 0.5 if everything is on.
 
 Where the gradient comes from: a mask multiplies what it hides, so the loss has a gradient with
 respect to the mask. This also holds for a unit that is off, because training computes it anyway: it
-can be switched on again. The straight-through gate passes this gradient on to the logit. At the
-initial logit 15 the factor is 4e-6 on average with tau = 1, and 1e-2 with the paper's tau = 5.
+can be switched on again. The straight-through gate passes this gradient on to the logit, times (b).
+At the initial logit 15 of heads and groups this factor is 4e-6 on average with tau = 1, and 1e-2
+with the paper's tau = 5 (tokens, logit 35: 2e-4).
 
 Worked example, S/2 (D = 384, L = 256). Divided by L D, attention costs 4D + 2L = 2048 and the MLP
 8D = 3072. With 3 of 6 heads, 4 of 6 groups and 192 of 256 tokens on:
     r = (2048 * 3/6 + 3072 * 4/6 * 192/256) / (2048 + 3072) = (1024 + 1536) / 5120 = 0.5
 
 Why tokens skip only the MLP: the paper argues that a token which skips attention loses its exchange
-with other tokens. Why the width routers see neither label nor image: the masks of all steps are
+with other tokens. Why the width routers see neither label nor image: the widths of all steps are
 known before sampling, and both halves of guidance share them. Why one head and one group are always
-on: no block can then lose its whole attention or MLP (our reading). We do not know why the paper
-has as many groups as heads.
+on: attention then keeps a head, and the MLP a group for the tokens that it still gets (our
+reading). We do not know why the paper has as many groups as heads.
 
 The paper's main result (ImageNet 256x256): DiT-XL/2 goes from 118.69 to 57.88 GFLOPs and is 1.73
 times faster. FID falls (improves) from 2.27 to 2.07, but inception score (277 to 248) and precision
-(0.83 to 0.80) fall too. Small models lose: S/2 has FID 21.46, and 28.75 at lambda = 0.5. The width
+(0.83 to 0.80) fall too. Small models lose at 0.5: S/2 has FID 21.46, and then 28.75. The width
 grows from noise to data (Fig. 1c). Mean FID of S at 0.5 over five data sets: both kinds of router
 16.94, width only 20.93, tokens only 35.12, random masks 136.01.
 What we found: see experiments/README.md.
@@ -72,25 +75,29 @@ groups, M active tokens of the batch, E_t the time embedding (B, D), lambda the 
 Read next: gate(), Block.forward, then loss().
 
 Differences from the paper and from the official code (alibaba-damo-academy/DyDiT)
-- The official code cannot slice a class-conditional DiT, so its masks save no time. The sliced half
-  of Block.forward is our implementation of the paper's idea. It equals the masked half.
+- The official code slices no class-conditional DiT: its masks save no time there. The sliced half
+  of Block.forward is our implementation of the paper's idea; it gives what the masked half gives.
 - The paper sorts heads and channels by magnitude before fine-tuning, so that the always-on ones are
-  the strongest; the official code does not. sort_by_magnitude() looks at the weights only (ours).
+  the strongest; the official code does not. Our sort_by_magnitude() looks at weights, not at data.
 - An earlier official release (NUS-HPC-AI-Lab) has no always-on head or group: always_on=False.
-- lambda counts the products in attention and MLP only, as in the paper (Sec. 3.2). At XL/2 and 0.5
-  the whole network spends 60.0 of DiT's 118.6 GMAC: adaLN, embeddings and routers stay.
-- Only the official code has: weight 2, lambda_step, and stratified times (image i of a batch draws
-  its t in quarter i mod 4). It takes the mean ratio over the batch of one GPU. Here the mean is
-  over the global batch (with --accum, over each part of it).
+- lambda counts the products in attention and MLP only, as in the paper (Sec. 3.2). At XL/2 and
+  r = 0.5 the whole network spends 60.0 of DiT's 118.6 GMAC: adaLN, embeddings and routers stay. The
+  paper's 57.88 fits r = 0.48.
+- From the official code, and not in what we know of the paper: weight 2, lambda_step, stratified
+  times (image i of a batch draws its t in quarter i mod 4, so that a batch covers all times). Its
+  mean ratio is that of one GPU's batch. Here the mean is over the global batch (with --accum, over
+  each part of it).
 - lambda is a mean over all times, so all times are drawn equally often here. If the parent (the
   trained DiT) drew some times more often, the diffusion loss is weighted by how often: our choice.
 - The full model is the same network with every switch on. The paper adds its loss in the first
-  30,000 steps of XL, and not for S and B. The official code with lambda = 0.7 adds it in all steps,
-  and drops labels anew for this pass. Here both passes see the same labels; the default is none.
+  30,000 steps of XL, and not for S and B; the official code with lambda = 0.7 in all steps. The
+  official code draws dropped labels anew for this pass. Here both passes see the same labels; the
+  default is no such pass.
 - Fine-tuning of XL takes 150,000 to 200,000 steps; for S, B and XL it is 1 to 6 % of the parent's
   steps. The learning rate is 1e-4 (official code, lambda = 0.7: 2.5e-5). The official code skips
-  a step whose gradient norm is at least 200 (lambda = 0.7: 50), and applies each gradient twice
-  while it trains the full model. train.py steps once, and clips the gradient in its tiny recipe.
+  an update whose gradient norm is at least 200 (lambda = 0.7: 50). While it trains the full model,
+  it calls optimizer.step() twice per gradient, the first time before it looks at the norm. train.py
+  steps once, and clips the gradient in its tiny recipe.
 - In training a switch is on with probability sigmoid(logit), in sampling always or never. The ratio
   in sampling can thus differ from lambda. hard_gates_from is ours: from this step on, training has
   no gate noise, so that the network learns with the masks of sampling.
@@ -136,8 +143,8 @@ class Config:
     route: str = "both"         # both | width (TDW only) | tokens (SDT only) | random
 
 
-# The official biases would not move in a few hundred steps: per step a logit moves by about the
-# learning rate times the sum of |E_t|, which is small for a small D.
+# The official biases would not move in a few hundred steps: AdamW moves a weight by about the
+# learning rate per step, so a logit by that times the sum of |E_t|, which is small for a small D.
 TINY = Config(size=28, patch=4, channels=1, classes=10, dim=128, depth=6, heads=4,
               anneal_steps=150, anneal_start=20, hard_gates_from=250, router_lr=30.0,
               head_bias=10.0, channel_bias=10.0, token_bias=10.0)
@@ -148,11 +155,11 @@ SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, hea
 def gate(logit, u, tau=5.0):
     """A switch: exactly 0.0 or 1.0, with the gradient of a sigmoid (straight-through Gumbel).
 
-    logit and u in [0, 1], any shape. u uniform: training. u = 0.5 means no noise: on where
-    logit > 0. u = 1 forces the switch on and u = 0 forces it off; it then has no gradient."""
+    logit: any number; u: in [0, 1], of the same shape. u uniform: training. u = 0.5: no noise, on
+    where logit > 0. u = 1 forces the switch on, u = 0 forces it off; it then has no gradient."""
     logit = logit + u.logit()                           # two Gumbels' difference is logistic  (a)
     hard, soft = (logit > 0).to(logit.dtype), (logit / tau).sigmoid()           # (a)
-    return hard - soft.detach() + soft                  # = hard: (0 - s) + s, (1 - s) + s  (b)
+    return hard - soft.detach() + soft          # exactly hard; hard + soft - soft is not  (b)
 
 
 def flops_per_token(heads, groups, tokens, cfg):
@@ -186,7 +193,7 @@ def loss(diffusion, model, x0, y, step, rng):
         gate_noise = torch.full_like(gate_noise, 0.5)   # logit(0.5) = 0: no noise
 
     each, aux = diffusion.loss(lambda *xty: model(*xty, gate_noise=gate_noise), x0, y, t, noise)
-    if step < cfg.full_model_steps:                     # so that the full model stays good
+    if step < cfg.full_model_steps:                     # the paper's first steps of XL
         full, _ = diffusion.loss(lambda *xty: model(*xty, full_model=True), x0, y, t, noise)
         aux["full_model_loss"] = (weight * full).mean()                         # (h)
     # 0 if the mean ratio is on target  (g)
@@ -195,9 +202,9 @@ def loss(diffusion, model, x0, y, step, rng):
 
 
 def global_mean(v):
-    """The mean of v over all processes, with the gradient of this process's v. The loss squares
-    (mean - target). Squared on each process first, it would also punish a process whose images cost
-    less than those of others, but images at easy times are meant to cost less."""
+    """The mean of v over all processes, with the gradient of this process's v. The target is for
+    the mean over all images. If each process had its own (mean - target)^2, it would be punished
+    for images at easy times, which are meant to cost less."""
     total, world_size = v.detach().clone(), dist.get_world_size() if dist.is_initialized() else 1
     if world_size > 1:
         dist.all_reduce(total)
@@ -251,7 +258,7 @@ def attention(layer, x, mask=None, active=None):
     before W_o, and the bias b_o is always added."""
     (B, L, D), H = x.shape, layer.heads
     if active is not None and len(active) == 0:         # attention kernels fail on an empty batch
-        return F.linear(x[..., :0], layer.proj.weight[:, :0], layer.proj.bias)      # b_o everywhere
+        return F.linear(x[..., :0], layer.proj.weight[:, :0], layer.proj.bias)      # no inputs: b_o
     rows = None if active is None else torch.cat([active, active + H, active + 2 * H])  # q, k, v
     qkv = F.linear(x, take(layer.qkv.weight, rows, 3 * H), take(layer.qkv.bias, rows, 3 * H))
     x = attend(*qkv.view(B, L, 3, -1, D // H).permute(2, 0, 3, 1, 4))           # (B, h, L, D/H)
@@ -307,7 +314,7 @@ class Block(nn.Module):
             x.addcmul_(gate2, mlp(self.mlp, h, self.attn.heads, active=groups)) # (B, L, D)
         elif len(rows):
             h = mlp(self.mlp, h.flatten(0, 1).index_select(0, rows), self.attn.heads, active=groups)
-            h = (gate2[:, 0].index_select(0, rows // x.shape[1]) * h).to(x.dtype)       # (M, D)
+            h = (gate2[:, 0].index_select(0, rows // x.shape[1]) * h).to(x.dtype)    # of its image
             x.view(-1, x.shape[-1]).index_add_(0, rows, h)                      # into (B*L, D)  (d)
         return x, tokens
 
@@ -447,7 +454,7 @@ def cost(cfg):
     """Cost of one image: GMAC, 1e9 multiply-accumulates in matrix products, with every switch on
     and at the target. Both include the routers; a dense DiT has none. The paper's 118.69 GFLOPs of
     DiT-XL/2 are 118.62 of matrix products plus 4 operations for each element that a LayerNorm
-    reads. No parameter is always idle: each is used at some time or token."""
+    reads. Idle parameters are 0: no parameter is unused at all times and tokens by design."""
     L, D = (cfg.size // cfg.patch) ** 2, cfg.dim
     block = 4 * L * D * D + 2 * L * L * D + 8 * L * D * D + 6 * D * D   # qkvo; QK', AV; MLP; adaLN
     routers = L * (D + 1) * (D // 16) + 2 * D * (cfg.heads - cfg.always_on)
@@ -474,8 +481,9 @@ def modulate(x, shift, scale):
 
 def attend(q, k, v):
     """softmax(q k' / sqrt(D/H)) v.  q, k, v (B, H, L, D/H) -> (B, H, L, D/H)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward would
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # be 3 to 8 times slower
+    # In bf16 on a CPU the backward pass of the fused kernel is 3 to 8 times slower.
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -573,8 +581,8 @@ def sincos_2d(cfg):
 
 
 def initialize(model):
-    """DiT's initial weights: Xavier for linear layers, N(0, 0.02) for the label table and the time
-    MLP, zeros for all gates and for the output."""
+    """DiT's initial weights: Xavier for linear layers, a standard deviation of 0.02 for the label
+    table and the time MLP, zeros for adaLN (shift, scale and gate) and for the output."""
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)

@@ -7,13 +7,14 @@ ones alike. Can the router decide how much compute a token deserves?
 1. Replace each MLP by E small experts. A router scores every (token, expert) pair.
 2. Keep the B*L*k best pairs of the whole batch. A hard token may win many experts, an easy one
    none; a token without an expert passes through the residual connection unchanged.
-3. When sampling there is no such race: all images have the same t, so every noise level would get
-   k experts per token, and an image would depend on its batch. Training therefore tracks the
-   K-th best score as a moving average tau, and sampling keeps every pair that reaches tau.
+3. Sampling cannot race: all images have the same t, so every noise level would get k experts per
+   token, and an image would depend on its batch. Training therefore tracks the score of the last
+   winner as a moving average tau, and sampling keeps every pair that reaches tau.
 4. Router similarity loss: two experts that often win the same tokens are pushed to score tokens
    differently. An expert that wins too many tokens is pushed to score lower.
-5. Per-layer regularization (PLR): the residual stream grows with depth, so that what shallow layers
-   add hardly counts and they learn little. So each router also predicts the final target.
+5. Per-layer regularization (PLR): the outputs of blocks grow with depth, so shallow layers count
+   little and learn little. A second head of each router predicts the diffusion target, which gives
+   every layer a loss of its own.
 
     training: scores of 3 tokens    race: the best B*L*k = 3      token choice: the best k = 1
     and 3 experts; k = 1            of all 9 pairs                of each row
@@ -21,10 +22,15 @@ ones alike. Can the router decide how much compute a token deserves?
     t1    [.9  .1  .7]              [x  .  x]   2 experts         [x  .  .]
     t2    [.3  .2  .1]              [.  .  .]   0 experts         [x  .  .]
     t3    [.2  .8  .4]              [.  x  .]   1 expert          [.  x  .]
-                                    third best score: .7, so tau moves towards .7
+                                    the last winner scores .7, so tau moves towards .7
     sampling with tau = .7, two tokens of another image: no race, the number of winners is free
     u1    [.8  .2  .9]              [x  .  x]   2 experts
     u2    [.6  .1  .5]              [.  .  .]   0 experts
+
+Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width,
+H heads, N depth, E experts, k experts per token on average, h width inside an expert, T = B*L
+tokens, R pairs that won.
+Time: t = 0 is data, t = 1 is noise (see diffusion.py).
 
 Equations (x: the normed and modulated token that the MLP of DiT would get); (a), (b), ... mark the
 lines that compute them:
@@ -34,61 +40,60 @@ lines that compute them:
     training: assigned = 1 for the K = B*L*k largest gates, v = the K-th                         (d)
               tau <- m tau + (1 - m) v                                                           (e)
     sampling: assigned = 1 where gates >= tau                                                    (f)
-    P' = probs^T probs,  probs = softmax(logits)                (E, E)  (Eqs. 9-11)              (g)
-    M' = assigned^T assigned                                    (E, E)                           (h)
+    P' = probs^T probs,  probs = softmax(logits) (T, E)         (E, E)  (Eqs. 9-11)              (g)
+    M' = assigned^T assigned,  assigned (T, E)                  (E, E)                           (h)
     W_ii = E M'_ii / sum_a M'_aa,  W_ij = (E^2 - E) M'_ij / sum_{a != b} M'_ab,  i != j          (i)
     L_sim = 1/T sum_ij W_ij P'_ij                                                                (j)
-    L_plr = mean (r W_t + b_t - target of the final layer)^2                                     (k)
+    L_plr = mean (r W_t + b_t - diffusion target)^2                                              (k)
     L = L_diffusion + sum over layers of (1e-4 L_sim + 1e-2 L_plr)                               (l)
-G is the identity: the score itself is the weight, so scores compare across tokens. A sigmoid
-selects the same pairs with other weights. A softmax makes a token's gates sum to 1, so a hard token
-cannot outbid the others on several experts: it is worst in Table 1 (FID 16.47; identity 13.66).
-The identity has no lower bound: a chosen gate below 0 subtracts the output of its expert.
+G is the identity: a score does not depend on the other scores of its token, so scores of different
+tokens can be compared. A sigmoid selects the same pairs with other weights. A softmax makes a
+token's gates sum to 1, so a hard token cannot win several experts at high scores: the worst gate of
+the race in Table 1 (FID 16.47; identity 13.66). The identity has no lower bound: a chosen gate
+below 0 subtracts the output of its expert.
 
 Where the router's gradient comes from: the top-K has none. A chosen gate multiplies the output of
-its expert, so the diffusion loss reaches the logits of the winners, and only those. L_sim reaches
-all logits (through the softmax; the counts W are constants), L_plr the hidden layer r.
+its expert, so the diffusion loss reaches the logits of the winners only (if G is a softmax: all
+logits of their tokens). L_sim reaches all logits, through probs; the counts W are constants. L_plr
+reaches r and what lies below it.
 
 What the losses say at their extremes. L_sim = 1 if all logits are equal, or if experts and pairs of
-experts are used evenly. This assumes that some token won two experts: without one, the second half
-of the sum is missing (token choice, k = 1, equal logits: 1/E). L_sim = (E/k)^2 if the same k > 1
-experts win every token with probability 1/k each: 16 for 2 of 8. The classic balance loss is then
-E/k. It multiplies the load of each expert by its mean probability and does not see pairs of
+experts are used evenly. Both need a token that won two experts: if there is none, the terms i != j
+are 0 (token choice, k = 1, equal logits: L_sim = 1/E). L_sim = (E/k)^2 if the same k > 1 experts
+win every token with probability 1/k each: 16 for 2 of 8. The classic balance loss is E/k in that
+case. It multiplies the load of each expert by its mean probability and does not see pairs of
 experts; it is 1 if the loads are even.
 Worked example, E = 8, k = 2, logits 4 for an expert that won and 0 for the others. Every token wins
 one pair of the twins (0,1), (2,3), (4,5), (6,7), all equally often: even loads, balance 1.0, but
 similarity 3.6, against 1.0 if all 28 pairs occur equally often. The eight experts are in fact four.
 
-Main result (ImageNet 256x256): the training loss of DiT-XL in 7.2 times fewer iterations at equal
-activated parameters; XL with 4 of 32 experts FID 3.31, dense XL 6.31 (Table 4). At B/2, 2 of 8:
-race 8.03, token choice 9.50, expert choice 10.13 (Table 6); FID falls from 13.66 to
-11.56 with tau, to 8.95 with PLR added, to 8.03 with the similarity loss added (Table 3). Fig. 6
-shows more experts at low noise; a summary of the authors for lay readers says the opposite.
+Main result (ImageNet 256x256): it reaches DiT-XL's training loss in 7.2 times fewer iterations at
+equal activated parameters; XL with 4 of 32 experts has FID 3.31, dense XL 6.31 (Table 4). B/2 with
+2 of 8: race 8.03, token choice 9.50, expert choice 10.13 (Table 6). FID falls from 13.66 to 11.56
+with tau, to 8.95 with PLR added, to 8.03 with the similarity loss added (Table 3). Fig. 6 shows
+more experts at low noise; the authors' summary for lay readers calls pure noise harder.
 What we found (experiments/README.md has figures and commands): tau keeps k experts per token on
 average, as in training (1.98 of 2 on digits). At low noise a token of digits gets fewer experts,
-not more: 1.74 at t = 0.05, 2.21 at t = 0.95 (one seed). Fashion-MNIST: row R8 of the ledger.
-
-Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width,
-H heads, N depth, E experts, k experts per token on average, h width inside an expert, T = B*L
-tokens, R pairs that won.
-Time: t = 0 is data, t = 1 is noise (see diffusion.py).
+not more: 1.74 at t = 0.05, 2.21 at t = 0.95 (one seed).
 Read next: select(), then MoE.forward().  The paper's part ends at the first "# -----" line.
 
 Differences and open points. We found no official code or weights. We could read the paper's tables
-and figure captions, but not its running text, so some constants come from re-implementations: R1 is
-a training code derived from DiffMoE's, R2 a gate for LoRA experts, R3 a library of router losses.
-- The weights 1e-4 (similarity) and 1e-2 (PLR), summed over layers, are those of R1; R2 has 1e-5.
-- The similarity loss follows R1 and R3, which agree. The classic balance loss has weight 0 here.
-- tau is a moving average in R1 (m = 0.95) and R2 (0.99, as here). R1 starts tau at 1, R2 at 0;
-  either way tau needs many steps to move away. Here it starts at the first K-th score (our choice).
-- The top-K ranks gates = G(logits), not logits (our inference). If it ranked logits, G could not
-  change who wins, but Table 1 shows that a softmax does worse.
-- The race runs inside one process and one micro-batch (our choice; R1 races over all processes, as
+and figure captions, but not its running text, so some constants come from re-implementations by
+others. Code A is a training code derived from DiffMoE's, B a gate for LoRA experts, C a library of
+router losses.
+- The weights 1e-4 (similarity) and 1e-2 (PLR), summed over layers, are those of A; B has 1e-5.
+- The similarity loss follows A and C, which agree; C names it Eqs. 9-11 of the paper. The classic
+  balance loss has weight 0 here.
+- tau is a moving average in A (m = 0.95) and B (0.99, as here). A starts tau at 1, B at 0; either
+  way tau needs many steps to move away. Here it starts at the first K-th score (our choice).
+- The top-K ranks gates = G(logits), not logits (our inference). If it ranked logits, every G would
+  select the same pairs, and the large loss of the softmax in Table 1 would be hard to explain.
+- The race runs inside one process and one micro-batch (our choice; A races over all processes, as
   pool=global does). The counts of the losses cover all processes.
 - tau is one number per layer; per expert for route "bl", per position for "be" (our choice).
 - Sampling uses the averaged weights (EMA). Their scores differ from those of the raw weights, so
-  train.py measures a tau for them, on training batches, before it saves them. With the raw
-  weights' tau a token would get fewer experts: 1.96 and not 2.00 in the README's first run.
+  train.py measures a tau for them, on training batches, before it saves them. With the tau of the
+  raw weights a token would get fewer experts.
 - Exactly K pairs win in training: of pairs that equal the K-th score, only as many as fit (with
   pool=global, all of them win).
 - Our choice too: logit-normal t, initial router biases of 0, the exact GELU in the router and its
@@ -118,9 +123,9 @@ class Config:
     split: int = 4              # h = 4D/split. With split = k, k experts cost one dense MLP
     route: str = "race"         # race | token | expert | bl | be | le                   (Table 6)
     gate: str = "identity"      # identity | sigmoid | softmax                           (Table 1)
-    momentum: float = 0.99      # m of tau, which remembers about 1 / (1 - m) steps      (R2)
-    sim: float = 1e-4           # weight of the router similarity loss                   (R1)
-    plr: float = 1e-2           # weight of the per-layer regularization                 (R1)
+    momentum: float = 0.99      # m of tau, which remembers about 1 / (1 - m) steps  (code B)
+    sim: float = 1e-4           # weight of the router similarity loss               (code A)
+    plr: float = 1e-2           # weight of the per-layer regularization             (code A)
     balance: float = 0.0        # weight of the classic balance loss, the rival of sim   (Table 2)
     pool: str = "local"         # local | global: race inside a process or over all of them
 
@@ -131,8 +136,8 @@ SIZES = {"S": dict(dim=384, depth=12, heads=6), "B": dict(dim=768, depth=12, hea
          "M": dict(dim=960, depth=16, heads=16),
          "L": dict(dim=1024, depth=24, heads=16), "XL": dict(dim=1152, depth=28, heads=16)}
 
-# Who competes with whom: ROUTES[route](scores) has one row for each group, (groups, pairs). All
-# pairs of a group compete with each other, pairs of different groups do not.    (Fig. 3, Table 6)
+# Who competes with whom: ROUTES[route](scores) has one row for each group, (groups, pairs). Only
+# pairs of one group compete: for "be", the B*E pairs at one position.           (Fig. 3, Table 6)
 ROUTES = {"token": lambda s: s.flatten(0, 1),                                   # (B*L, E)   DiT-MoE
           "expert": lambda s: s.mT.flatten(0, 1),                               # (B*E, L)   EC-DiT
           "bl": lambda s: s.flatten(0, 1).mT,                                   # (E, B*L)   DiffMoE
@@ -169,11 +174,12 @@ def similarity_loss(logits, assigned):
     """Router similarity loss.   (Eqs. 9-11)
 
     logits, assigned (T, E), assigned is 0 or 1 -> scalar. The docstring above tells its extremes.
-    W counts winners and is a constant: gradient flows through the softmax only."""
+    W counts winners and is a constant: gradient flows through the softmax only. Its diagonal has
+    mean 1, the rest, too. linear_fp32(a, b) is a b^T in float32."""
     (T, E), probs = logits.shape, logits.softmax(-1)                            # (g)
     shared = gather_processes(linear_fp32(assigned.mT, assigned.mT)[None]).sum(0)   # (E, E)  (h)
     load, both = shared.diagonal().diag(), shared.tril(-1) + shared.triu(1)     # i = j; i != j
-    W = E * load / load.sum() + (E * E - E) * both / both.sum().clamp(min=1)    # each mean 1  (i)
+    W = E * load / load.sum() + (E * E - E) * both / both.sum().clamp(min=1)    # (i)
     return (W * linear_fp32(probs.mT, probs.mT)).sum() / T                      # P' (g), L_sim (j)
 
 
@@ -185,8 +191,8 @@ def balance_loss(logits, assigned):
 
 
 def experts_loop(experts, x, token, expert, gate):
-    """What self.experts in MoE computes, written out.  x (T, D); token, expert, gate (R,), one
-    entry for each pair -> (T, D). The engine below computes the same, faster."""
+    """What self.experts in MoE computes, written out; only tests call it.  x (T, D); token, expert,
+    gate (R,), one entry for each pair -> (T, D). The engine below computes the same, faster."""
     y = torch.zeros_like(x)
     for e, (w1, b1, w2, b2) in enumerate(zip(experts.w1, experts.b1, experts.w2, experts.b2)):
         own = token[expert == e]                                                # (n,)
@@ -197,7 +203,7 @@ def experts_loop(experts, x, token, expert, gate):
 class Router(nn.Module):
     """x (B, L, D) -> logits (B, L, E); in training also a prediction of the diffusion target,
     (B, L, P*P*C). Both read the hidden layer r, so per-layer regularization trains r (Fig. 12).
-    In float32: in bf16 many pairs would equal the K-th score."""
+    In float32: in bf16 many pairs would equal the K-th score, and >= tau keeps them all."""
 
     full_precision = True                               # FSDP must not round these weights
 
@@ -216,7 +222,7 @@ class MoE(nn.Module):
     """MoE(x) = sum of gates_e F_e(x) over the experts e that x won.  x (B, L, D) -> same, stats.
 
     stats: "map" (B, L) experts per token, "load" (E,) tokens per expert; in training also what the
-    losses and tau need."""
+    losses and tau need. tau is empty for the routes where images never compete."""
 
     def __init__(self, cfg):
         super().__init__()
@@ -241,9 +247,8 @@ class MoE(nn.Module):
         return y.view(x.shape).to(x.dtype), stats
 
     def compete(self, gates):
-        """Training: the top-K. Sampling: tau, for the routes where images compete with each other.
-        If no pair reaches tau, either no token gets an expert, or tau is nan because the model is
-        untrained; then the top-K decides."""
+        """Training: the top-K. Sampling, for the routes where images would compete: all pairs that
+        reach tau, perhaps none. As long as tau is nan (an untrained model), the top-K decides."""
         if not self.training and len(self.tau):
             winners = select_by_threshold(gates, self.tau.to(gates.dtype), self.cfg.route)  # (R,)
             if len(winners) or not self.tau.isnan().any():
@@ -299,7 +304,7 @@ class RaceDiT(nn.Module):
         for block in self.blocks:
             x, own = block(x, c)                                                # (B, L, D)
             stats.append(own)
-        aux = {key: torch.stack([own[key] for own in stats]) for key in own}    # (N, ...) each
+        aux = {key: torch.stack([s[key] for s in stats]) for key in stats[0]}   # (N, ...) each
         if self.training:
             aux["sim_loss"] = self.cfg.sim * aux.pop("similarity").sum()        # (l)
             aux["balance_loss"] = self.cfg.balance * aux.pop("balance").sum()
@@ -320,7 +325,7 @@ def loss(diffusion, model, x0, y, step, rng):
     """What train.py minimises -> the mean diffusion loss, and aux with "plr_loss" added. PLR
     compares the prediction of every layer with the target that the final layer has, too: noise, v
     or velocity, by --path and --predict. There is no detach, so that it also trains the blocks
-    below the router."""
+    below the router. step: for models that need it."""
     t, noise = diffusion.sample_times_and_noise(x0, rng)
     per_image, aux = diffusion.loss(model, x0, y, t, noise)
     error = (aux.pop("target_prediction").float() - diffusion.target(x0, noise, t)).square()  # (k)
@@ -397,7 +402,7 @@ class Experts(nn.Module):
 
     def one(self, z, weights):
         """One expert's network, z (n, D) -> (n, D). A CPU prepares a bf16 product anew for every n
-        that it has not seen, so n is rounded up to a multiple of 32: numbers then recur."""
+        that it has not seen, so n is rounded up to a multiple of 32: few different n remain."""
         n, (w1, b1, w2, b2) = len(z), weights
         if z.dtype == torch.bfloat16 and n % 32:
             z = F.pad(z, (0, 0, 0, -n % 32))
@@ -426,8 +431,7 @@ def grouped_linear(z, w, b, ends, expert):
 
 
 def xavier(*matrices):
-    """Xavier for each matrix by itself: for a whole stack (E, in, out) it would take E for one of
-    the two widths."""
+    """Xavier for each matrix by itself; given a stack (E, in, out) it would take E for a width."""
     for w in matrices:
         nn.init.xavier_uniform_(w)
 
@@ -475,8 +479,9 @@ def modulate(x, shift, scale):
 
 def attend(q, k, v):
     """softmax(q k' / sqrt(D/H)) v.  q, k, v (B, H, L, D/H) -> (B, H, L, D/H)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":    # the fused kernel's backward would
-        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v     # be 3 to 8 times slower
+    # In bf16 on a CPU the backward pass of the fused kernel is 3 to 8 times slower.
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":
+        return (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -564,8 +569,8 @@ def sincos_2d(cfg):
 
 
 def initialize(model):
-    """DiT's initial weights: Xavier for linear layers, N(0, 0.02) for the label table and the time
-    MLP, zeros for all gates and for the output."""
+    """DiT's initial weights: Xavier for linear layers, a standard deviation of 0.02 for the label
+    table and the time MLP, zeros for adaLN (shift, scale and gate) and for the output."""
     for m in model.modules():
         if isinstance(m, nn.Linear):
             nn.init.xavier_uniform_(m.weight)

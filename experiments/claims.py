@@ -368,14 +368,16 @@ def short(results):
         else:
             timed = [x.command for x in c.contrasts if isinstance(x, Stored)]
             command = f"bench {timed[0]}" if timed else f"claims --run {c.id}"
-            verdict += f"; visible: {seen}" if "<" not in verdict and seen != "-" else ""
+            verdict += f" (visible from: {seen})" if "<" not in verdict and seen != "-" else ""
             rows.append((f"{c.id}: {c.says} ({c.source})", verdict,
                          f"`python -m experiments.{command}`"))
     lines = table(["the paper says", "here", "command"], rows)
     names = {"R": "Race-DiT", "M": "DiT-MoE", "Y": "DyDiT", "T": "DTR"}
     legend = ", ".join(f"{k}: {v}" for k, v in names.items())
     tail = "; ".join(f"{k}: {', '.join(v)}" for k, v in rest.items() if v)
-    return [*lines, "", f"{legend}." + (f" {tail[0].upper()}{tail[1:]}." if tail else "")]
+    return [*lines, "", f"{legend}. \"Visible from\", and the number after \"<\": the smallest "
+            "difference that our seeds could have shown. Earlier recipe: 1,800 steps of AdamW."
+            + (f" {tail[0].upper()}{tail[1:]}." if tail else "")]
 
 
 def earlier():

@@ -1,6 +1,6 @@
 """How many bytes per GPU would a training run need? A plan, computed without allocating anything.
 
-    python -m experiments.memory --model ditmoe --size G/2 --set experts=16 --world 64 --accum 4
+    python -m experiments.memory --model ditmoe --size G/2 --world 64 --accum 4
 
 The options are those of train.py, plus --world, the number of GPUs. The table has a row for DDP and
 for FSDP, with and without --checkpointing:

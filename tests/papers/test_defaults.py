@@ -40,8 +40,8 @@ DEFAULTS = {
     "racedit": DIT | dict(
         experts=32, k=4, split=4,       # Table 4: 4-in-32
         route="race", gate="identity",  # Tables 1 and 6: the best
-        momentum=0.99,                  # re-implementation R2
-        sim=1e-4, plr=1e-2,             # re-implementation R1
+        momentum=0.99,                  # re-implementation B
+        sim=1e-4, plr=1e-2,             # re-implementation A
         balance=0.0,                    # Table 2: similarity loss instead
         pool="local"),                  # our choice
     "dydit": DIT | dict(
@@ -70,6 +70,7 @@ def test_every_size_is_that_of_the_papers_tables(name):
     for letter, (dim, depth, heads) in sizes.items():
         for patch in (2, 4, 8):
             expected = DEFAULTS[name] | dict(dim=dim, depth=depth, heads=heads, patch=patch)
+            expected |= dict(experts=16) if letter == "G" else {}       # 16.5 B parameters
             assert vars(module.size(f"{letter}/{patch}")) == expected
 
 
@@ -113,7 +114,7 @@ INITIAL = {
         r"blocks.\d.moe.shared_experts.fc[12].weight": ONE,
         r"blocks.\d.moe.shared_experts.fc[12].bias": 0.0,
         r"blocks.\d.attn.[qk]_norm.weight": 1.0, r"blocks.\d.attn.[qk]_norm.bias": 0.0},
-    "racedit": PLAIN | EXPERTS | {      # re-implementation R1; biases of 0 are ours
+    "racedit": PLAIN | EXPERTS | {      # re-implementation A; biases of 0 are ours
         r"blocks.\d.moe.router.(hidden|score|target).weight": ONE,
         r"blocks.\d.moe.router.(hidden|score|target).bias": 0.0,
         r"blocks.\d.moe.tau": math.nan},                # no K-th score has been seen

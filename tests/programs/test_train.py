@@ -234,7 +234,7 @@ def test_a_dry_run_counts_without_allocating(tmp_path):
     text, _ = run_cli(program, *"--model dit --size XL/2 --path ddpm --dry-run".split())
     assert "parameters 675,129,632 total 675,129,632 activated" in text
     assert "118.6 GMAC per image" in text
-    text, _ = run_cli(program, *"--model ditmoe --size G/2 --set experts=16 --path ddpm".split(),
+    text, _ = run_cli(program, *"--model ditmoe --size G/2 --path ddpm".split(),
                       "--dry-run", "--out", tmp_path / "new")
     assert "parameters 16,503,717,152 total" in text and not (tmp_path / "new").exists()
 
