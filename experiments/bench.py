@@ -2,9 +2,7 @@
 
     python -m experiments.bench                         all cases on this machine, about 15 minutes
     python -m experiments.bench routed dit              only these
-    python -m experiments.bench --device cuda           timed by the GPU's own events
     python -m experiments.bench dydit-sampling --dense runs/dit/last.pt --dydit runs/dydit/last.pt
-    python -m experiments.bench dydit-curve --dense runs/dit/last.pt    fine-tunes, draws the ratio
 
     routed    a layer of experts          : a dense MLP with as many multiplications per token
     step      everything in train.py      : model forward and backward alone
@@ -19,7 +17,8 @@
     round 2   B C A    a busy machine slows all variants and the ratio stays. Figures are medians
     round 3   C A B    over rounds: of seconds, and of each round's ratio.
 
-Two clocks: "cpu", the time of this process alone (on a GPU: its events), and "wall". One thread.
+Two clocks: "cpu", the time of this process alone, and "wall". All of it on one thread of a CPU: it
+is experiments/gpu.py that times a GPU.
 A floor is what no program could beat: multiplications at the measured rate of one large product, or
 bytes that must move at the measured rate of a copy, whichever is longer (of a step: the products of
 the network plus the bytes of the optimizer). It has the unit of its row's ratio; in "step" it is a
@@ -47,9 +46,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
 
-import data
 import dit
 import ditmoe
 import dtr
@@ -58,11 +55,12 @@ import racedit
 import train
 from common.checkpoint import load_model
 from common.cli import Parser, UserError, number, run_program
-from common.distributed import select_device, tune_malloc, wants_bf16
-from common.files import read_json, write_atomic, write_json
+from common.distributed import tune_malloc, wants_bf16
+from common.files import read_json, write_json
 from diffusion import DIFFUSIONS, RectifiedFlow, StepRNG
 from sample import generate
 
+CPU = torch.device("cpu")
 DYDIT_WIDTHS = ((256, 4), (384, 6), (512, 8))               # D, H
 DYDIT_MIXES = {(0.5, "width"): (1 / 2, 1 / 2),              # (target, name): heads, groups active;
                (0.5, "both"): (1 / 2, 2 / 3),               # the tokens make up the rest
@@ -76,19 +74,19 @@ FULL = dict(
     samplers=[dict(name="TINY", batch=32), dict(name="S/2", batch=2)], sampler_steps=10,
     dydit=[(w, m, 4) for w in DYDIT_WIDTHS for m in DYDIT_MIXES], experts=[4, 8, 16, 32, 64],
     images=64, tokens=[16, 64, 256, 1024], depth=[2, 6, 12],
-    dydit_sampling=dict(steps=25, batch=64), curve=400)
+    dydit_sampling=dict(steps=25, batch=64))
 MICRO = dict(                                               # for tests: every case in a moment
     rounds=1, routed=[dict(T=64, D=32, E=4)], nets=[dict(name="MICRO", batch=2)], steps=3,
     models=["dit"],
     samplers=[dict(name="MICRO", batch=1)], sampler_steps=2,
     dydit=[((32, 4), (0.5, "both"), 1)], experts=[2, 4], images=2, tokens=[4, 16], depth=[1, 2],
-    dydit_sampling=dict(steps=2, batch=4), curve=13)
+    dydit_sampling=dict(steps=2, batch=4))
 
 
 # ------------------------------------------------------------------------------- clocks
 
 
-def seconds(f, device):
+def seconds(f, device=CPU):
     """-> (cpu, wall) of f(). On a GPU "cpu" is what the GPU took, between two events."""
     if device.type != "cuda":
         cpu, wall = time.process_time(), time.perf_counter()
@@ -104,14 +102,14 @@ def seconds(f, device):
     return first.elapsed_time(last) / 1e3, time.perf_counter() - wall
 
 
-def rounds(variants, n, device):
+def rounds(variants, n):
     """{name: f} -> {name: (n, 2) seconds, cpu and wall}. Each round starts with another variant."""
     times, names = {name: [] for name in variants}, list(variants)
     for f in [*variants.values()] * 2:                      # warm up: memory, caches, kernels
         f()
     for i in range(n):
         for name in names[i % len(names):] + names[: i % len(names)]:
-            times[name].append(seconds(variants[name], device))
+            times[name].append(seconds(variants[name]))
     return {name: torch.tensor(v) for name, v in times.items()}
 
 
@@ -140,40 +138,40 @@ def both_ways(module, objective, *inputs):
     return go
 
 
-def amp(f, device, on=True):
+def amp(f, device=CPU, on=True):
     def go(*inputs):
         with torch.autocast(device.type, torch.bfloat16, enabled=on):
             f(*inputs)
     return go
 
 
-def precisions(device):
+def precisions():
     """bf16 or not: both where training would choose bf16."""
-    return [False, True] if wants_bf16("auto", device) else [False]
+    return [False, True] if wants_bf16("auto", CPU) else [False]
 
 
-def copy_rate(device, size=1 << 26):
+def copy_rate(device=CPU, size=1 << 26):
     """Bytes per second that a copy reads and writes, of 256 MB: more than a cache holds."""
     a, b = torch.ones(size, device=device), torch.ones(size, device=device)
-    times = rounds({"copy": lambda: b.copy_(a)}, 5, device)["copy"]
+    times = rounds({"copy": lambda: b.copy_(a)}, 5)["copy"]
     return 2 * 4 * size / times[:, 0].median().item()
 
 
-def product_rate(T, D, n, device, dtype=torch.float32):
+def product_rate(T, D, n, dtype=torch.float32):
     """Multiply-accumulates per second of one product (T, D) x (D, 4D), an MLP's first."""
-    x, w = (torch.randn(n, D, device=device).to(dtype) for n in (T, 4 * D))
-    times = rounds({"product": lambda: F.linear(x, w)}, n, device)["product"]
+    x, w = (torch.randn(n, D).to(dtype) for n in (T, 4 * D))
+    times = rounds({"product": lambda: F.linear(x, w)}, n)["product"]
     return 4 * T * D * D / times[:, 0].median().item()
 
 
 UPDATE = 11     # numbers moved per parameter: AdamW 7 (p, g, m, v; p, m, v), EMA 3, norm 1
 
 
-def floor_seconds(module, cfg, batch, passes, n, device, parameters=0, copy=None, bf16=False):
+def floor_seconds(module, cfg, batch, passes, n, parameters=0, copy=None, bf16=False):
     """Of a network's products (1 pass forward, 2 backward), and with parameters of an update."""
-    rate = product_rate(batch * (cfg.size // cfg.patch) ** 2, cfg.dim, n, device,
+    rate = product_rate(batch * (cfg.size // cfg.patch) ** 2, cfg.dim, n,
                         torch.bfloat16 if bf16 else torch.float32)
-    update = 4 * UPDATE * parameters / (copy or copy_rate(device)) if parameters else 0
+    update = 4 * UPDATE * parameters / (copy or copy_rate()) if parameters else 0
     return passes * batch * module.cost(cfg)["GMAC"] * 1e9 / rate + update
 
 
@@ -200,35 +198,35 @@ def layer_objective(result):
     return y.float().square().mean() + 1e-3 * sum(extra)
 
 
-def routed(shapes, device):
+def routed(shapes):
     """A layer of experts : a dense MLP."""
-    copy = copy_rate(device)
+    copy = copy_rate()
     for kind in ("ditmoe", "racedit"):
         for i, given in enumerate(shapes["routed"]):
             shape = dict(T=2048, D=384, E=8, k=2) | given
-            for bf16 in precisions(device)[: 2 if i == 0 else 1]:
-                yield from routed_rows(kind, shape, bf16, copy, shapes["rounds"], device)
+            for bf16 in precisions()[: 2 if i == 0 else 1]:
+                yield from routed_rows(kind, shape, bf16, copy, shapes["rounds"])
 
 
-def routed_rows(kind, shape, bf16, copy, n, device):
+def routed_rows(kind, shape, bf16, copy, n):
     torch.manual_seed(0)
     layer, dense, macs = routed_pair(kind, **shape)
-    layer, dense, T, D = layer.to(device), dense.to(device), shape["T"], shape["D"]
+    T, D = shape["T"], shape["D"]
     L = min(T, 256)
-    x = torch.randn(T // L, L, D, device=device, requires_grad=True)
+    x = torch.randn(T // L, L, D, requires_grad=True)
     weights = [w.detach() for w in dense.parameters() if w.dim() == 2]
     w = max(weights, key=torch.numel).to(torch.bfloat16 if bf16 else torch.float32)
     flat = x.detach().flatten(0, 1).to(w.dtype)
-    product = rounds({"mm": lambda: flat @ w.mT if w.shape[1] == D else flat @ w}, n, device)["mm"]
+    product = rounds({"mm": lambda: flat @ w.mT if w.shape[1] == D else flat @ w}, n)["mm"]
     rate = T * w.numel() / product[:, 0].median().item()
     used = min(T * shape["k"] / shape["E"], 1) * sum(p.numel() for p in layer.parameters())
     for way, passes in (("forward", 1), ("forward+backward", 3)):
         training = passes == 3
         layer.train(training), dense.train(training)
         variants = {name: amp(both_ways(f, layer_objective, x) if training else forward(f, x),
-                              device, bf16) for name, f in dict(dense=dense, routed=layer).items()}
+                              on=bf16) for name, f in dict(dense=dense, routed=layer).items()}
         bytes_moved = 4 * passes * (used + 2 * x.numel())
-        row = against("dense", rounds(variants, n, device))
+        row = against("dense", rounds(variants, n))
         floor = max(passes * T * macs / rate, bytes_moved / copy)
         yield dict(layer=kind, **shape, dtype="bf16" if bf16 else "float32", way=way,
                    macs=T * macs, **row, floor=floor / row["dense_s"])
@@ -237,7 +235,7 @@ def routed_rows(kind, shape, bf16, copy, n, device):
 # ------------------------------------------------------------------------------- a training step
 
 
-def arguments(net, device, out, model="dit", extra=()):
+def arguments(net, out, model="dit", extra=(), device=CPU):
     """A command line of train.py. S/2 gets its 32 x 32 x 4 latents, random ones."""
     words = ["--model", model, "--batch", str(net["batch"]), "--out", str(out), "--amp", "off",
              "--device", device.type, "--save-every", "1000000", "--sample-every", "0", *extra]
@@ -257,14 +255,10 @@ def arguments(net, device, out, model="dit", extra=()):
 class Stopwatch:
     """Time of named functions while a program runs, each on the thread that runs it."""
 
-    def __init__(self, device):
-        self.device, self.spent, self.undo = device, defaultdict(float), []
+    def __init__(self):
+        self.spent, self.undo = defaultdict(float), []
 
-    def clock(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            return time.perf_counter()
-        return time.thread_time()
+    clock = staticmethod(time.thread_time)
 
     def time(self, owner, name, label):
         inner = getattr(owner, name)
@@ -292,10 +286,10 @@ class Stopwatch:
 PARTS = ("forward", "backward", "data", "optimizer", "EMA", "clip")
 
 
-def split_step(net, steps, device, model="dit", extra=()):
+def split_step(net, steps, model="dit", extra=()):
     """train.main as it is, with a stopwatch on its parts -> seconds of every step, part by part."""
     table = []
-    with tempfile.TemporaryDirectory() as out, Stopwatch(device) as watch:
+    with tempfile.TemporaryDirectory() as out, Stopwatch() as watch:
         for owner, name, label in (
                 (importlib.import_module(model).Model, "forward", "forward"),
                 (torch.Tensor, "backward", "backward"), (train, "get_batches", "data"),
@@ -315,25 +309,24 @@ def split_step(net, steps, device, model="dit", extra=()):
 
         watch.replace(train.Progress, "step", next_step)
         with contextlib.redirect_stdout(io.StringIO()):
-            train.main(arguments(net, device, out, model, ("--steps", str(steps), *extra)))
+            train.main(arguments(net, out, model, ("--steps", str(steps), *extra)))
     return {k: torch.tensor([row[k] for row in table[min(2, steps - 1):]]) for k in table[0]}
 
 
-def step(shapes, device):
+def step(shapes):
     """Shares of a training step."""
     for net in shapes["nets"]:
         for model in shapes["models"]:
             if model != "dit" and net["name"] == "S/2":
                 continue
             net = dict(net, batch=32) if net["name"] == "TINY" else net     # --tiny's own batch
-            table = split_step(net, shapes["steps"], device, model)
+            table = split_step(net, shapes["steps"], model)
             share = {k: (v / table["step"]).median().item() for k, v in table.items()}
             overhead = ((table["step"] - table["forward"] - table["backward"]) / table["step"])
             seconds, module = table["step"].median().item(), importlib.import_module(model)
             cfg = replace(config(module, net["name"]), learn_sigma=False)
             parameters = sum(p.numel() for p in module.Model(cfg).parameters())
-            floor = floor_seconds(module, cfg, net["batch"], 3, shapes["rounds"], device,
-                                  parameters)
+            floor = floor_seconds(module, cfg, net["batch"], 3, shapes["rounds"], parameters)
             yield dict(model=model, **net, step_s=seconds,
                        **{k: share[k] for k in (*PARTS, "rest")},
                        all_but_model=overhead.median().item(), floor=floor / seconds)
@@ -349,21 +342,21 @@ def config(module, name):
     return module.TINY if name == "TINY" else module.size(name, classes=10)
 
 
-def sampler(shapes, device):
+def sampler(shapes):
     """How much longer a sampler takes than the model calls in it, timed in the same run."""
     steps = shapes["sampler_steps"]
     for net in shapes["samplers"]:
         for diffusion in (kind() for kind in DIFFUSIONS.values()):
             cfg = replace(config(dit, net["name"]), learn_sigma=diffusion.kind == "ddpm")
-            model = dit.DiT(cfg).to(device).eval()
+            model = dit.DiT(cfg).eval()
             labels = torch.arange(net["batch"]) % 10
             for solver in diffusion.solvers:
                 totals, calls = [], []
                 for _ in range(1 + shapes["rounds"]):
-                    with Stopwatch(device) as watch:
+                    with Stopwatch() as watch:
                         watch.time(dit.DiT, "forward", "model")
                         start = watch.clock()
-                        generate(model, diffusion.to(device), labels, steps=steps, solver=solver)
+                        generate(model, diffusion, labels, steps=steps, solver=solver)
                         totals.append(watch.clock() - start), calls.append(watch.spent["model"])
                 totals, calls = torch.tensor(totals[1:]), torch.tensor(calls[1:])
                 yield dict(**net, path=diffusion.kind, solver=solver, steps=steps,
@@ -373,7 +366,7 @@ def sampler(shapes, device):
 # ------------------------------------------------------------------------------- whole networks
 
 
-def network_inputs(cfg, batch, device):
+def network_inputs(cfg, batch, device=CPU):
     return (torch.randn(batch, cfg.channels, cfg.size, cfg.size, device=device),
             torch.rand(batch, device=device), torch.arange(batch, device=device) % 10)
 
@@ -383,7 +376,7 @@ def network_objective(result):
     return prediction.float().square().mean()
 
 
-def awake(model, device):
+def awake(model, device=CPU):
     """A fresh network's gates are 0, which some processors would multiply faster."""
     torch.manual_seed(0)
     with torch.no_grad():
@@ -392,27 +385,27 @@ def awake(model, device):
     return model.to(device)
 
 
-def two_networks(rival, ours, net, n, device, bf16=False):
+def two_networks(rival, ours, net, n, bf16=False):
     """Forward, and forward and backward, of two networks on the same input."""
-    inputs = network_inputs(rival.cfg, net["batch"], device)
+    inputs = network_inputs(rival.cfg, net["batch"])
     for way in ("forward", "forward+backward"):
         variants = {name: amp(forward(f, *inputs) if way == "forward" else
-                              both_ways(f, network_objective, *inputs), device, bf16)
+                              both_ways(f, network_objective, *inputs), on=bf16)
                     for name, f in dict(rival=rival, ours=ours).items()}
-        row = against("rival", rounds(variants, n, device))
-        floor = floor_seconds(dit, rival.cfg, net["batch"], 1 if way == "forward" else 3, n, device,
+        row = against("rival", rounds(variants, n))
+        floor = floor_seconds(dit, rival.cfg, net["batch"], 1 if way == "forward" else 3, n,
                               bf16=bf16)
         yield dict(**net, dtype="bf16" if bf16 else "float32", way=way, **row,
                    floor=floor / row["rival_s"])
 
 
-def dtr_case(shapes, device):
+def dtr_case(shapes):
     """DTR : DiT."""
     for net in shapes["nets"]:
-        rival = awake(dit.DiT(config(dit, net["name"])), device)
-        ours = dtr.DTR(config(dtr, net["name"])).to(device)
+        rival = awake(dit.DiT(config(dit, net["name"])))
+        ours = dtr.DTR(config(dtr, net["name"]))
         ours.load_state_dict(rival.state_dict())
-        yield from two_networks(rival, ours, net, 2 * shapes["rounds"] + 1, device)
+        yield from two_networks(rival, ours, net, 2 * shapes["rounds"] + 1)
 
 
 class PlainBlock(nn.Module):
@@ -461,14 +454,14 @@ def same_weights(model, ours):
     return model
 
 
-def dit_case(shapes, device):
+def dit_case(shapes):
     """dit.py : a plain DiT."""
     for net in shapes["nets"]:
         cfg = config(dit, net["name"])
-        ours = awake(dit.DiT(cfg), device)
-        rival = same_weights(plain(cfg).to(device), ours)
-        for bf16 in precisions(device):
-            yield from two_networks(rival, ours, net, 2 * shapes["rounds"] + 1, device, bf16)
+        ours = awake(dit.DiT(cfg))
+        rival = same_weights(plain(cfg), ours)
+        for bf16 in precisions():
+            yield from two_networks(rival, ours, net, 2 * shapes["rounds"] + 1, bf16)
 
 
 # ------------------------------------------------------------------------------- DyDiT
@@ -489,19 +482,19 @@ def set_routers(model, heads, groups, tokens, inputs):
         router.mlp_head[2].bias -= seen[0].quantile(1 - tokens) if tokens < 1 else seen[0].min() - 1
 
 
-def dydit_case(shapes, device):
+def dydit_case(shapes):
     """DyDiT masked and sliced : the static network, one forward at the target's FLOPs."""
     for (dim, heads), (target, mix), batch in shapes["dydit"]:
-        row = dydit_forward(dim, heads, target, mix, batch, shapes["rounds"], device)
+        row = dydit_forward(dim, heads, target, mix, batch, shapes["rounds"])
         cfg = dydit.Config(size=32, patch=2, dim=dim, heads=heads, depth=6, learn_sigma=False,
                            target=row["ratio"])
         full, at_target = (dydit.cost(cfg)[k] for k in ("GMAC", "GMAC at the target"))
-        floor = floor_seconds(dydit, cfg, batch, 1, shapes["rounds"], device) * at_target / full
+        floor = floor_seconds(dydit, cfg, batch, 1, shapes["rounds"]) * at_target / full
         yield dict(target=target, **row, floor=floor / row["static_s"])
 
 
 @torch.no_grad()
-def dydit_forward(dim, heads, target, mix, batch, n, device, depth=6):
+def dydit_forward(dim, heads, target, mix, batch, n, depth=6):
     """One forward of a network of random weights, 256 tokens, that spends exactly the target."""
     size = dict(size=32, patch=2, dim=dim, heads=heads, depth=depth, learn_sigma=False)
     torch.manual_seed(0)
@@ -509,9 +502,7 @@ def dydit_forward(dim, heads, target, mix, batch, n, device, depth=6):
     for p in model.parameters():                            # a fresh network's gates are 0
         p += 0.02 * torch.randn_like(p) if p.requires_grad else 0
     static.load_state_dict({k: model.state_dict()[k] for k in static.state_dict()})
-    model, static = model.to(device), static.to(device)
-    inputs = [v.to(device) for v in (torch.randn(batch, 4, 32, 32), torch.full((batch,), 0.4),
-                                     torch.arange(batch))]
+    inputs = torch.randn(batch, 4, 32, 32), torch.full((batch,), 0.4), torch.arange(batch)
     h, g = (round(share * heads) for share in DYDIT_MIXES[target, mix])
     no_mlp = torch.ones(1), torch.ones(1), torch.zeros(1)
     attention = dydit.flops_per_token(*no_mlp, model.cfg).item()        # its share of a block
@@ -519,34 +510,34 @@ def dydit_forward(dim, heads, target, mix, batch, n, device, depth=6):
     set_routers(model, h, g, tokens, inputs)
     times = rounds({"static": lambda: static(*inputs),
                     "masked": lambda: model(*inputs, sliced=False),
-                    "sliced": lambda: model(*inputs, sliced=True)}, n, device)
+                    "sliced": lambda: model(*inputs, sliced=True)}, n)
     return dict(dim=dim, mix=mix, heads=f"{h}/{heads}", groups=f"{g}/{heads}", tokens=tokens,
                 ratio=model(*inputs)[1]["flops"].mean().item(), **against("static", times))
 
 
-def load_named(file, name, device):
-    model, diffusion, checkpoint = load_model(file, device=device)
+def load_named(file, name):
+    model, diffusion, checkpoint = load_model(file)
     if checkpoint["name"] != name:
         raise UserError(f"{file} holds {checkpoint['name']}, not {name}")
     return model, diffusion, checkpoint
 
 
-def dydit_sampling(shapes, device, guidance=2.0):
+def dydit_sampling(shapes, guidance=2.0):
     """A whole sampling run of trained models, DyDiT masked and sliced : its dense parent."""
-    static, diffusion, _ = load_named(shapes["dense"], "dit", device)
+    static, diffusion, _ = load_named(shapes["dense"], "dit")
     steps, batch = shapes["dydit_sampling"].values()
     for file in shapes["fine-tuned"]:
-        model = load_named(file, "dydit", device)[0]
+        model = load_named(file, "dydit")[0]
 
         def masked(x, t, y):
             return model(x, t, y, sliced=False)
 
         masked.cfg, ratios = model.cfg, []
-        labels = torch.arange(batch, device=device) % max(model.cfg.classes, 1)
+        labels = torch.arange(batch) % max(model.cfg.classes, 1)
         run = partial(generate, diffusion=diffusion, labels=labels, steps=steps, cfg=guidance,
                       batch=batch)
         times = rounds({"static": lambda: run(static), "masked": lambda: run(masked),
-                        "sliced": lambda: run(model)}, min(shapes["rounds"], 3), device)
+                        "sliced": lambda: run(model)}, min(shapes["rounds"], 3))
         difference = (run(model) - run(masked)).abs().max().item()
         model.register_forward_hook(lambda m, x, out: ratios.append(out[1]["flops"].mean()))
         run(model)
@@ -555,68 +546,18 @@ def dydit_sampling(shapes, device, guidance=2.0):
                    **against("static", times))
 
 
-@torch.no_grad()
-def eval_ratio(model, diffusion, x0, y):
-    """FLOPs ratio without noise in the gates, over all times alike."""
-    device = model.pos_embed.device
-    x0, y, rows = x0.to(device), y.to(device), torch.arange(len(x0), device=device)
-    rng, t = StepRNG(0, 0, len(x0), rows, device), diffusion.from_uniform((rows + 0.5) / len(x0))
-    _, aux = diffusion.mse(model, x0, y, t, rng.normal("noise", *x0.shape[1:]))
-    return aux["flops"].mean().item()
-
-
-def dydit_curve(shapes, device, target=0.5, every=10):
-    """FLOPs ratio while train.py fine-tunes a dense DiT; dydit-curve.png beside the results."""
-    steps, done, spent, points = shapes["curve"], 0, [], []
-    _, diffusion, checkpoint = load_named(shapes["dense"], "dit", device)
-    held_out, loss, update = data.held_out(checkpoint), dydit.loss, train.update_ema
-    rows = torch.arange(min(256, len(held_out)))
-    x0, y = held_out.batch(rows, StepRNG(0, 0, len(rows), rows))
-
-    def watched_loss(*args):
-        result = loss(*args)
-        spent[:] = [result[1]["flops"].mean().item()]
-        return result
-
-    def watched_update(ema, model, decay):
-        nonlocal done
-        update(ema, model, decay)
-        done += 1
-        if done % every == 0 or done == steps:
-            goal, ratio = dydit.lambda_step(done, model.cfg), eval_ratio(ema, diffusion, x0, y)
-            points.append(dict(step=done, goal=goal, training=spent[0], ema=ratio))
-
-    with tempfile.TemporaryDirectory() as out, Stopwatch(device) as patches:
-        patches.replace(dydit, "loss", watched_loss)
-        patches.replace(train, "update_ema", watched_update)
-        train.main(f"--model dydit --tiny --steps {steps} --sample-every 0 --set target={target} "
-                   f"--init {shapes['dense']} --out {out} --device {device.type}".split())
-    draw_curve(shapes["json"].with_name("dydit-curve.png"), points)
-    yield from points
-
-
-def draw_curve(file, points, width=640, height=320):
-    """lambda_step grey, ratio in training blue, of the EMA without noise red; bottom 0, top 1."""
-    sheet = Image.new("RGB", (width, height), "white")
-    for name, colour in (("goal", "grey"), ("training", "royalblue"), ("ema", "crimson")):
-        line = [(p["step"] / points[-1]["step"] * (width - 1), (1 - p[name]) * (height - 1))
-                for p in points]
-        ImageDraw.Draw(sheet).line(line, fill=colour, width=2)
-    write_atomic(file, lambda f: sheet.save(f, "PNG"))
-
-
 # ------------------------------------------------------------------------------- growth
 
 
-def whole_step(module, cfg, batch, device):
+def whole_step(module, cfg, batch):
     """A training step of train.py's own parts, without reading data -> f(), parameters."""
-    diffusion, model = RectifiedFlow(), awake(module.Model(cfg), device).train()
+    diffusion, model = RectifiedFlow(), awake(module.Model(cfg)).train()
     ema, groups = copy.deepcopy(model).eval(), getattr(module, "param_groups", None)
     optimizer = torch.optim.AdamW(
         groups(model, 3e-3) if groups else [p for p in model.parameters() if p.requires_grad],
-        lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=device.type in ("cpu", "cuda"))
-    x0, _, y = network_inputs(cfg, batch, device)
-    rng = StepRNG(0, 0, batch, torch.arange(batch), device)
+        lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    x0, _, y = network_inputs(cfg, batch)
+    rng = StepRNG(0, 0, batch, torch.arange(batch))
     loss_of = getattr(module, "loss", train.default_loss)
 
     def go():
@@ -629,25 +570,25 @@ def whole_step(module, cfg, batch, device):
     return go, sum(p.numel() for p in model.parameters())
 
 
-def growth(shapes, device):
+def growth(shapes):
     """More experts at equal work; more tokens per image at equal tokens; more blocks."""
     n, images = shapes["rounds"], shapes["images"]
     for module in (ditmoe, racedit):
         sizes = {E: replace(module.TINY, size=32, experts=E, learn_sigma=False)
                  for E in shapes["experts"]}                            # 64 tokens per image
-        yield from grow(module, "experts", sizes, [images] * len(sizes), n, device)
+        yield from grow(module, "experts", sizes, [images] * len(sizes), n)
     sides = {L: replace(dit.TINY, size=4 * int(L**0.5), learn_sigma=False)
              for L in shapes["tokens"]}
-    yield from grow(dit, "tokens", sides, [max(64 * images // L, 1) for L in sides], n, device)
+    yield from grow(dit, "tokens", sides, [max(64 * images // L, 1) for L in sides], n)
     yield from grow(dit, "depth", {N: replace(dit.TINY, size=32, depth=N, learn_sigma=False)
-                                   for N in shapes["depth"]}, [images] * 3, n, device)
+                                   for N in shapes["depth"]}, [images] * 3, n)
 
 
-def grow(module, what, cfgs, batches, n, device):
+def grow(module, what, cfgs, batches, n):
     torch.manual_seed(0)
-    made = {v: whole_step(module, cfg, b, device) for (v, cfg), b in zip(cfgs.items(), batches)}
-    times = rounds({v: f for v, (f, _) in made.items()}, n, device)
-    first, copy, work = next(iter(cfgs)), copy_rate(device), {
+    made = {v: whole_step(module, cfg, b) for (v, cfg), b in zip(cfgs.items(), batches)}
+    times = rounds({v: f for v, (f, _) in made.items()}, n)
+    first, copy, work = next(iter(cfgs)), copy_rate(), {
         v: b * module.cost(cfg)["GMAC"] for (v, cfg), b in zip(cfgs.items(), batches)}
     start = times[first][:, 0].median().item()
     for v, b in zip(cfgs, batches):
@@ -655,27 +596,25 @@ def grow(module, what, cfgs, batches, n, device):
         yield dict(model=module.__name__, what=what, value=v, batch=b, parameters=made[v][1],
                    GMAC=3 * work[v], step_s=times[v][:, 0].median().item(), step=ratio[0],
                    step_wall=ratio[1], per_mac=ratio[0] * work[first] / work[v],
-                   floor=floor_seconds(module, cfgs[v], b, 3, n, device, made[v][1], copy) / start)
+                   floor=floor_seconds(module, cfgs[v], b, 3, n, made[v][1], copy) / start)
 
 
 # ------------------------------------------------------------------------------- memory
 
 
-def peak(name, net, device, bf16):
+def peak(name, net, bf16):
     """MB that forward and backward of one network need beyond its weights."""
     cfg = config(dit, net["name"])
-    model = awake(plain(cfg) if name == "plain" else dit.DiT(cfg), device)
-    go = both_ways(model, network_objective, *network_inputs(cfg, net["batch"], device))
-    tiny = both_ways(model, network_objective, *network_inputs(cfg, 1, device))
+    model = awake(plain(cfg) if name == "plain" else dit.DiT(cfg))
+    go = both_ways(model, network_objective, *network_inputs(cfg, net["batch"]))
+    tiny = both_ways(model, network_objective, *network_inputs(cfg, 1))
     tiny()                                                  # libraries and threads take theirs
-    before = peak_bytes(device)
-    amp(go, device, bf16)()
-    return (peak_bytes(device) - before) / 2**20
+    before = peak_bytes()
+    amp(go, on=bf16)()
+    return (peak_bytes() - before) / 2**20
 
 
-def peak_bytes(device):
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
+def peak_bytes():
     status = Path("/proc/self/status")
     if status.exists():                         # Linux; ru_maxrss begins with the parent's peak
         return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
@@ -684,15 +623,15 @@ def peak_bytes(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def memory(shapes, device):
+def memory(shapes):
     """Each network in a process of its own: a peak can only rise."""
     for net in shapes["nets"]:
-        for bf16 in precisions(device):
+        for bf16 in precisions():
             row = {}
             for name in ("plain", "ours"):
                 code = ("import torch\nfrom experiments.bench import peak\n"
                         "torch.set_num_threads(1)\n"
-                        f"print(peak({name!r}, {net!r}, torch.device({device.type!r}), {bf16}))")
+                        f"print(peak({name!r}, {net!r}, {bf16}))")
                 done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
                                       cwd=Path(__file__).parent.parent, check=True,
                                       env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -703,7 +642,7 @@ def memory(shapes, device):
 
 CASES = dict(routed=routed, step=step, sampler=sampler, dydit=dydit_case, dtr=dtr_case,
              growth=growth, dit=dit_case, memory=memory)
-WITH_CHECKPOINTS = {"dydit-sampling": dydit_sampling, "dydit-curve": dydit_curve}
+WITH_CHECKPOINTS = {"dydit-sampling": dydit_sampling}
 
 
 # ------------------------------------------------------------------------------- command line
@@ -730,9 +669,8 @@ def parse_args(argv):
     known = CASES | WITH_CHECKPOINTS
     p.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(known)}; default: all "
                    "that need no checkpoint")
-    p.add_argument("--dense", type=Path, help="checkpoint of a dense DiT, for the last two cases")
+    p.add_argument("--dense", type=Path, help="checkpoint of a dense DiT, for dydit-sampling")
     p.add_argument("--dydit", type=Path, nargs="+", help="DyDiT checkpoints fine-tuned from it")
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--rounds", type=number(int, 1, 10**6), help=f"default: {FULL['rounds']}")
     p.add_argument("--micro", action="store_true", help="tiny shapes, one round: does it run?")
     p.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "bench.json")
@@ -742,8 +680,8 @@ def parse_args(argv):
     for case in args.cases:
         if case not in known:
             raise UserError(f"no case {case!r}: one of {', '.join(known)}")
-        if case in WITH_CHECKPOINTS and not (args.dense and (args.dydit or "curve" in case)):
-            raise UserError(f"{case} needs --dense CKPT and, for dydit-sampling, --dydit CKPT")
+        if case in WITH_CHECKPOINTS and not (args.dense and args.dydit):
+            raise UserError(f"{case} needs --dense CKPT and --dydit CKPT")
     return args
 
 
@@ -751,26 +689,19 @@ def main(argv):
     args = parse_args(argv)
     shapes = dict(MICRO if args.micro else FULL, dense=args.dense, json=args.json)
     shapes |= {"fine-tuned": args.dydit, "rounds": args.rounds or shapes["rounds"]}
-    device = select_device(args.device)
     torch.set_num_threads(1)
-    if device.type == "cpu":
-        tune_malloc()                                       # as train.py
+    tune_malloc()                                           # as train.py
     results = read_json(args.json) if args.json.exists() else {}
     for case in args.cases or CASES:
         work, rows, table = (CASES | WITH_CHECKPOINTS)[case], [], Table()
         print(f"\n{case}: {work.__doc__}")
-        for row in work(shapes, device):
+        for row in work(shapes):
             table.add(row)
             rows.append(row)
-        results[case] = dict(device=device_name(device), torch=torch.__version__, rows=rows)
+        device = f"cpu, one thread, {torch.backends.cpu.get_cpu_capability()}"
+        results[case] = dict(device=device, torch=torch.__version__, rows=rows)
         write_json(args.json, results)
     print(f"\nwritten to {args.json}")
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{device.type}, one thread, {torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":

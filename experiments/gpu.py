@@ -607,7 +607,7 @@ def training(name, size, batch, how="eager", depth=None):
 
 def on_latents(out, batch):
     """The options of train.py for 256 random latents of 4 x 32 x 32, which this writes."""
-    return bench.arguments(dict(name="S/2", batch=batch), here.device, out)
+    return bench.arguments(dict(name="S/2", batch=batch), out, device=here.device)
 
 
 def program(size, batch):

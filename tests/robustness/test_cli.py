@@ -42,7 +42,7 @@ PROGRAMS = {                    # module: (positional arguments, options) of a c
     "experiments.analyze_dydit": (["dydit/last.pt"], ["--out", "tables"]),
     "experiments.analyze_dtr": (["dtr/last.pt"], "--n 2 --device cpu --out c.png".split()),
     "experiments.claims": ([], ["--run", "R7", "--dry-run"]),
-    "experiments.bench": ([], ["--json", "b.json", "--device", "cpu"])}
+    "experiments.bench": ([], ["--json", "b.json"])}
 MODULES = {name: importlib.import_module(name) for name in PROGRAMS}
 
 
@@ -91,7 +91,7 @@ def workdir(template, tmp_path, monkeypatch):
     return here
 
 
-def refuse_all(shapes, device):
+def refuse_all(shapes):
     """What a benchmark does first with its checkpoints; the rest takes minutes."""
     for file in (shapes["dense"], *(shapes["fine-tuned"] or [])):
         load_model(file)
