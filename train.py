@@ -227,7 +227,7 @@ def recalibrate_buffers(run, fetch, batches=16):
     """Let the average's own buffers that learn (Race-DiT's threshold tau) learn from some batches.
 
     The model's values would not fit the average: averaged routers give less extreme scores, so that
-    with the model's tau a token would get fewer experts (1.96 and not 2.00 in the README's run)."""
+    with the model's tau a token would get fewer experts."""
     for b in run.ema.buffers():
         b.fill_(math.nan)                               # no value yet: the next is taken as it is
     stats = defaultdict(float)

@@ -3,6 +3,7 @@ moving average. The runs use --size, so that nothing depends on what --tiny mean
 
 import importlib
 import math
+import os
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from helpers import metrics, run_cli, small
 
 import train as program
 from common.checkpoint import load_model, read_checkpoint
+from common.distributed import tune_device
 from data import Dataset, load
 from diffusion import DDPM, RectifiedFlow, StepRNG, make_generator
 from experiments import runs
@@ -322,3 +324,18 @@ def test_the_flops_that_a_study_reports_are_the_mean_over_all_times():
     model.forward = forward
     found = runs.schedule(model, RectifiedFlow(), load("digits", "test"))
     assert found["mean"] == pytest.approx(0.2, abs=0.005)
+
+
+@pytest.mark.parametrize("cores, told, threads", [(2, None, 1), (2, "2", 2), (8, None, 2)])
+def test_two_cores_train_with_one_thread_unless_told_otherwise(monkeypatch, cores, told, threads):
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)                            # as torch would start there
+    try:
+        tune_device(torch.device("cpu"), training=True)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
