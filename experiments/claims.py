@@ -36,8 +36,8 @@ def moe(*settings, **options):
     return arm("ditmoe", *settings, **options)
 
 
-def cosine(model, *settings, **options):                # DTR's authors train with this schedule
-    return arm(model, *settings, path="ddpm", schedule="cosine", **options)
+def ddpm(model, *settings, **options):          # --tiny has the schedule of DTR's authors: cosine
+    return arm(model, *settings, path="ddpm", **options)
 
 
 def tuned(*settings, dense=DENSE, **options):
@@ -58,10 +58,9 @@ HALF, SEVEN = tuned(), tuned("target=0.7")
 HALF_800 = tuned("hard_gates_from=500", steps=800)
 PRUNED = {kind: tuned("route=width", "weight=0", program=("-m", "experiments.prune", kind),
                       alias=f"dit tuned, {kind} pruning") for kind in ("magnitude", "random")}
-DDPM = arm("dit", path="ddpm")
+DDPM, DTR = ddpm("dit"), ddpm("dtr")
 DDPM_HALF = tuned(dense=DDPM)
-DIT, DTR = cosine("dit"), cosine("dtr")
-RANDOM = cosine("dtr", "route=random", "per_block=true")
+RANDOM = ddpm("dtr", "route=random", "per_block=true")
 SWITCHED = "the saved work is the claim"
 LARGER = "the larger model is the claim"
 
@@ -218,36 +217,37 @@ CLAIMS = [
           note="The gap to dense in class accuracy with few steps; equal means within 3 points."),
 
     Claim("T1", "DTR beats DiT", "main table", "G", 8,
-          (Contrast("loss", DTR, DIT), Contrast("loss, noisy half", DTR, DIT, shown=True),
-           Contrast("Frechet", DTR, DIT, shown=True)),
+          (Contrast("loss", DTR, DDPM), Contrast("loss, noisy half", DTR, DDPM, shown=True),
+           Contrast("Frechet", DTR, DDPM, shown=True)),
           earlier=(Contrast("loss", "dtr/DiT + DTR", "dtr/DiT"),
                    Contrast("loss, noisy half", "dtr/DiT + DTR", "dtr/DiT", shown=True),
                    Contrast("Frechet", "dtr/DiT + DTR", "dtr/DiT", shown=True))),
     Claim("T2", "random routing is worse than none", "main table", "C", 3,
-          (Contrast("loss", RANDOM, DIT, "more"),
-           Contrast("accuracy", RANDOM, DIT, "less", shown=True)),
+          (Contrast("loss", RANDOM, DDPM, "more"),
+           Contrast("accuracy", RANDOM, DDPM, "less", shown=True)),
           earlier=(Contrast("loss", "dtr/DiT + random routing", "dtr/DiT", "more"),
                    Contrast("accuracy", "dtr/DiT + random routing", "dtr/DiT", shown=True))),
     Claim("T3", "trains twice as fast", "abstract, reviews", "G", 8,
-          (Contrast("steps", DTR, DIT, "more"),)),
+          (Contrast("steps", DTR, DDPM, "more"),)),
     Claim("T4", "adds to a weighting of the loss (Min-SNR, ANT-UW)", "weighting table", "G", 5,
-          tuple(Contrast("Frechet", cosine("dtr", weighting=w), cosine("dit", weighting=w))
+          tuple(Contrast("Frechet", ddpm("dtr", weighting=w), ddpm("dit", weighting=w))
                 for w in ("min-snr", "ant-uw"))
-          + tuple(Contrast("loss", cosine("dtr", weighting=w), cosine("dit", weighting=w),
+          + tuple(Contrast("loss", ddpm("dtr", weighting=w), ddpm("dit", weighting=w),
                            shown=True) for w in ("min-snr", "ant-uw"))),
     Claim("T5", "without labels it can replace a weighting of the loss", "weighting table", "G", 5,
-          tuple(Contrast("loss", cosine("dtr", "classes=0"),
-                         cosine("dit", "classes=0", **o)) for o in ({}, dict(weighting="min-snr"))),
+          tuple(Contrast("loss", ddpm("dtr", "classes=0"),
+                         ddpm("dit", "classes=0", **o)) for o in ({}, dict(weighting="min-snr"))),
           note="Loss only: the feature net asks for a class."),
     Claim("T6", "alpha = 4 and beta = 0.8 are robust choices", "ablation, reviews", "C", 3,
-          tuple(Contrast("loss", cosine("dtr", s), DTR, "equal", 3.0)
+          tuple(Contrast("loss", ddpm("dtr", s), DTR, "equal", 3.0)
                 for s in ("alpha=1", "alpha=2", "alpha=8", "beta=0.6", "beta=0.9")),
           note="Robust means here: other values change the loss by at most 3 %."),
     Claim("T7", "larger models gain more (a follow-up paper: XL loses)", "reviews", "G", 3,
-          (Contrast("loss", cosine("dtr", "dim=192"), cosine("dit", "dim=192"),
-                    beyond=(cosine("dtr", "dim=64"), cosine("dit", "dim=64"))),)),
+          (Contrast("loss", ddpm("dtr", "dim=192"), ddpm("dit", "dim=192"),
+                    beyond=(ddpm("dtr", "dim=64"), ddpm("dit", "dim=64"))),)),
     Claim("T8", "noisy times become specific, clean ones alike (CKA)", "Fig. 6", "0", 3,
-          (Contrast("CKA, noisy times", DTR, DIT), Contrast("CKA, clean times", DTR, DIT, "more"))),
+          (Contrast("CKA, noisy times", DTR, DDPM),
+           Contrast("CKA, clean times", DTR, DDPM, "more"))),
     Claim("T9", "costs nothing", "abstract", "0", 0,
           (Stored("time", "bench.json",
                   lambda file: [100 * (r["ours"] - 1) for r in file["dtr"]["rows"]],

@@ -27,7 +27,7 @@ from dtr import task_masks, window_starts
 from experiments import claims, runs
 from experiments.analyze_ditmoe import sample_and_count
 from experiments.analyze_dydit import width_schedule
-from experiments.claims import cosine, moe, race
+from experiments.claims import ddpm, moe, race
 from experiments.runs import Run
 from sample import RecordAux, sample_trajectory
 
@@ -268,7 +268,7 @@ def training(args):
     left = [(claims.AS_NARROW, BLACK, "dense, same work"),
             (race(claims.NARROW, "route=token"), ORANGE, "token choice"),
             (race(claims.NARROW), BLUE, "race"), (moe(claims.NARROW), GREEN, "DiT-MoE")]
-    right = [(claims.DIT, BLACK, "DiT"), (claims.DTR, PINK, "DTR"),
+    right = [(claims.DDPM, BLACK, "DiT"), (claims.DTR, PINK, "DTR"),
              (claims.RANDOM, GREY, "random routing")]
 
     def draw_side(ax, arms, title):
@@ -411,7 +411,7 @@ def quality_by_work(args):
 
 def loss_by_time(args):
     fig, ax = axes()
-    dense = {r["seed"]: np.array(r["loss"]["bins"]) for r in results(claims.DIT)}
+    dense = {r["seed"]: np.array(r["loss"]["bins"]) for r in results(claims.DDPM)}
     arms = [(claims.DTR, PINK, "DTR : DiT"), (claims.RANDOM, GREY, "random routing : DiT")]
     some(arms, lambda arm, colour, label: band(
         ax, MIDDLES, [r["loss"]["bins"] / dense[r["seed"]] for r in results(arm)
@@ -423,7 +423,7 @@ def loss_by_time(args):
 
 
 def cka(args):
-    arms = [("DiT", claims.DIT), ("DTR", claims.DTR)]
+    arms = [("DiT", claims.DDPM), ("DTR", claims.DTR)]
     found = [(name, results(arm, "cka")) for name, arm in arms]
     fig, both = axes(2, width=5.2, height=4.6)
     for ax, (name, rs) in zip(both, found):
@@ -439,9 +439,9 @@ def robustness(args):
     kinds = [("alpha", (1, 2, 4, 8), 4), ("beta", (0.6, 0.8, 0.9), 0.8)]
     for ax, (what, values, default) in zip(both, kinds):
         some(enumerate(values), lambda i, v, ax=ax, what=what, default=default: bar(ax, i, [
-            r["loss"]["mean"] for r in results(cosine("dtr", *([f"{what}={v}"] if v != default
+            r["loss"]["mean"] for r in results(ddpm("dtr", *([f"{what}={v}"] if v != default
                                                                 else [])))], PINK))
-        dense = mean(r["loss"]["mean"] for r in results(claims.DIT))
+        dense = mean(r["loss"]["mean"] for r in results(claims.DDPM))
         ax.axhline(dense, color=BLACK, linewidth=1.5, label="DiT")
         ax.set_xticks(range(len(values)), values)
         name_axes(ax, what, "validation loss", "DTR, claim T6")
