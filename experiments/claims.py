@@ -21,7 +21,7 @@ from statistics import mean, stdev
 from common.cli import Parser, UserError, number, run_program
 from common.files import read_json, write_atomic
 from experiments import runs
-from experiments.contrasts import Claim, Contrast, Stored, unit
+from experiments.contrasts import UNSEEN, Claim, Contrast, Stored, unit
 from experiments.run_queue import queue, work_off
 from experiments.runs import DENSE, Run, arm
 
@@ -355,20 +355,21 @@ def ledger(results, from_scratch=None):
 
 
 def short(results):
-    """Markdown for the top README: a line per claim that has a verdict, then the rest."""
-    rows, rest = [], {"not run yet": [], "not testable here": []}
+    """Markdown for the top README: a line per claim of which something was seen, then the rest."""
+    rows, rest = [], {UNSEEN: [], "not run yet": [], "not testable here": []}
     for c in CLAIMS:
         verdict = c.verdict(results.get(c.id, {}))
         old = c.verdict(earlier_results(), c.earlier) if c.earlier else None
         seen = c.visible(results.get(c.id, {}))
         if verdict == "not run yet" and old not in (None, "not run yet"):
             verdict, seen = f"{old}, earlier recipe", c.visible(earlier_results(), c.earlier)
-        if verdict in rest:
-            rest[verdict].append(c.id)
+        kind = UNSEEN if verdict.startswith(UNSEEN) else verdict
+        if kind in rest:
+            rest[kind].append(c.id + verdict.removeprefix(kind))
         else:
             timed = [x.command for x in c.contrasts if isinstance(x, Stored)]
             command = f"bench {timed[0]}" if timed else f"claims --run {c.id}"
-            verdict += f" (visible from: {seen})" if "<" not in verdict and seen != "-" else ""
+            verdict += f" (visible from: {seen})" if seen != "-" else ""
             rows.append((f"{c.id}: {c.says} ({c.source})", verdict,
                          f"`python -m experiments.{command}`"))
     lines = table(["the paper says", "here", "command"], rows)
