@@ -362,7 +362,8 @@ def short(results):
         old = c.verdict(earlier_results(), c.earlier) if c.earlier else None
         seen = c.visible(results.get(c.id, {}))
         if verdict == "not run yet" and old not in (None, "not run yet"):
-            verdict, seen = f"{old}, earlier recipe", c.visible(earlier_results(), c.earlier)
+            seen = c.visible(earlier_results(), c.earlier)
+            verdict = f"{old[:-1]}, earlier recipe)" if old[-1] == ")" else f"{old}, earlier recipe"
         kind = UNSEEN if verdict.startswith(UNSEEN) else verdict
         if kind in rest:
             rest[kind].append(c.id + verdict.removeprefix(kind))
