@@ -400,6 +400,23 @@ def earlier():
                   "FLOPs"], rows)
 
 
+def recipe(results):
+    """Markdown: DiT on Fashion-MNIST with the recipe before this one, and with this one."""
+    def cell(found, key, scale):
+        values = [scale * r["samples"][key] for r in found if "samples" in r]
+        spread = f" ± {stdev(values):.3g}" if len(values) > 1 else ""
+        return f"{mean(values):.3g}{spread} ({len(values)})" if values else "-"
+
+    rows = []
+    for text, arm_, claim, old in (("rectified flow", DENSE, "Y1", "dydit/dense"),
+                                   ("DDPM", DDPM, "T2", "dtr/DiT")):
+        pair = (earlier_results()[old].values(), results.get(claim, {}).get(arm_, {}).values())
+        rows.append((text, *(cell(found, *what) for what in (("accuracy", 100), ("frechet", 1))
+                             for found in pair)))
+    return table(["DiT, Fashion-MNIST", "class accuracy, before (seeds)", "now",
+                  "Fréchet distance, before", "now"], rows)
+
+
 def speed():
     """Markdown: the ratios of results/bench.json, a line per case."""
     stored = read_json(runs.ROOT / "experiments/results/bench.json")
@@ -469,6 +486,7 @@ def blocks(results):
             ("experiments/README.md", "ledger"): ledger(results),
             ("experiments/README.md", "figures"): plots(),
             ("experiments/README.md", "earlier"): earlier(),
+            ("experiments/README.md", "recipe"): recipe(results),
             ("experiments/README.md", "speed"): speed()}
 
 
