@@ -1,0 +1,214 @@
+"""A commented Python file -> HTML in rows of two columns: an explanation, and the code beside it.
+
+Used by experiments/pages.py. Docstrings and comments that stand alone move into the first column.
+The second column has every other line of the file, unchanged. A label (a), (b), ... links an
+equation of the module's docstring with the lines that end with the same label. The letters of
+"Letters: B batch, ..." explain themselves in shapes, (B, L, D), and in equations.
+Read next: Source, then Source.rows()."""
+
+import ast
+import io
+import keyword
+import re
+import tokenize
+from html import escape
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAPERS = ("dit", "dtr", "racedit", "ditmoe", "dydit")
+LABEL = re.compile(r"(?<!\S)\(([a-z])\)")
+EQUATION = re.compile(r"    (.*?)(?: +\(([a-z])\))?")                    # a line, its label
+NOTE = re.compile(r"(.*?\S)(?<!:)(\s{4,})(\S.*)")                      # an equation, a note
+ITEM = re.compile(r"(\d\.|-)(?= )")
+HEAD = re.compile(r"Equations|[A-Z][^:.;(]{3,60}(?=[:(])|(?:What|Why|Where|Diff)[^:.;(]*(?=\.)")
+IN_SHAPE = re.compile(r"(?<![A-Za-z])(?:E_t|[A-Za-z])(?![A-Za-z0-9])")  # the letters of (B, L, D)
+SYMBOL = re.compile(r"(?<![\w^'.])\d*(E_t|lambda|[A-Za-z])(?![\w'(]| =)|[&<>]")
+MARKS = re.compile(r"arXiv:(?P<arxiv>\d+\.\d+)|(?P<file>[\w/]+)\.(?:py|md)\b|"
+                   r"(?<!\S)\((?P<label>[a-z])\)|"
+                   r"(?P<shape>\((?:[\w.*/+|^ -]{1,12},)+[\w.*/+|^ -]{0,12}\))|"
+                   r"(?P<name>[A-Za-z_]\w+(?:\.\w+)?)(?P<call>\(\))?|[&<>]")
+
+
+def html(text):
+    return escape(text, quote=False)
+
+
+def tokens(text):
+    """tokenize's tokens. From Python 3.12 on an f-string is many of them: here it is one."""
+    start, depth = None, 0
+    for t in tokenize.generate_tokens(io.StringIO(text).readline):
+        kind, start = tokenize.tok_name[t.type], start or t.start
+        depth += (kind == "FSTRING_START") - (kind == "FSTRING_END")
+        if not depth:
+            yield t._replace(type=tokenize.STRING if kind == "FSTRING_END" else t.type, start=start)
+            start = None
+
+
+class Source:
+    """A file taken apart. docs {first line: (last line, text)}, notes {line: comment that stands
+    alone}, places {name: line}, starts (lines where a definition begins a row), labels {label: its
+    lines of code}, equations {label: its lines}, letters {letter: "letter meaning"}."""
+
+    def __init__(self, text):
+        self.lines, self.tokens, tree = text.splitlines(), list(tokens(text)), ast.parse(text)
+        self.docs, self.places, self.starts = {}, {}, set()
+        self.labels, self.equations, self.letters = {}, {}, {}
+        comments = [t for t in self.tokens if t.type == tokenize.COMMENT]
+        self.notes = {t.start[0]: t.string for t in comments if t.line.lstrip().startswith("#")}
+        for t in comments:                              # a note's label belongs to the next line
+            for label in LABEL.findall(t.string):
+                line = t.start[0] + (t.start[0] in self.notes)
+                self.labels.setdefault(label, []).append(line)
+        self.define(tree, "")
+        self.doc, label = ast.get_docstring(tree), None
+        for line in self.doc.split("\n"):
+            found = EQUATION.fullmatch(line)
+            label = found and (found[2] or label)       # until a line that is not indented
+            if label:
+                self.equations.setdefault(label, []).append(found[1])
+        listed = re.search(r"Letters: (.*?)\.(?=\s|$)", self.doc, re.S)[1].replace("\n", " ")
+        for item in re.split(r", (?=(?:\w|E_t|lambda) )(?![^(]*\))", listed):
+            self.letters[item.split()[0]] = item
+
+    def define(self, node, prefix):
+        doc, labelled = ast.get_docstring(node), sum(self.labels.values(), [])
+        if doc:
+            self.docs[node.body[0].lineno] = node.body[0].end_lineno, doc
+        for part in node.body:
+            if isinstance(part, (ast.ClassDef, ast.FunctionDef)):
+                first = min(n.lineno for n in (part, *part.decorator_list))
+                self.places[prefix + part.name] = part.lineno
+                if not prefix or ast.get_docstring(part) or any(
+                        first <= n <= part.end_lineno for n in labelled):
+                    self.starts.add(first)
+                self.define(part, f"{part.name}.")
+
+    # ------------------------------------------------------------------------ explanations -> HTML
+
+    def explain(self, text, letters):
+        """Text whose letters explain themselves to a pointer, a finger and the keyboard."""
+        known = "; ".join(self.letters[c] for c in dict.fromkeys(letters) if c in self.letters)
+        return f'<abbr tabindex="0" aria-label="{escape(known)}">{html(text)}</abbr>' if known \
+            else html(text)
+
+    def mark(self, m):
+        name, file, word, label = m["name"], m["file"], html(m[0]), m["label"]
+        if m["shape"]:
+            return self.explain(m[0], IN_SHAPE.findall(m[0]))
+        to = (f"https://arxiv.org/abs/{m['arxiv']}" if m["arxiv"]
+              else f"#eq-{label}" if label in self.equations
+              else f"#L{self.places[name]}" if name in self.places and (
+                  m["call"] or re.search(r"[a-z][._]\w", name))
+              else f"{file}.html" if file in PAPERS
+              else f"../{m[0]}" if file and (ROOT / m[0]).exists() else "")
+        return f'<a href="{to}">{word}</a>' if to else word
+
+    def inline(self, text):
+        """Text with links to papers, files, definitions and equations."""
+        return MARKS.sub(self.mark, text)
+
+    def formula(self, text):
+        return SYMBOL.sub(lambda m: self.explain(m[0], [m[1]]), text)
+
+    def equation(self, line):
+        """A line of equations. Its label links to the lines of code that carry it, too."""
+        text, label = EQUATION.fullmatch(line).groups()
+        found, where = NOTE.fullmatch(text), self.labels.get(label, ())
+        text, pad, note = found.groups() if found else (text, "", "")
+        name = f' id="eq-{label}" data-q="{label}"' if label else ""
+        more = "".join(f'<a href="#L{n}" data-n="{n}" aria-label="line {n}"></a>'
+                       for n in where[1:])
+        go = f'<span><a href="#L{where[0]}">({label})</a>{more}</span>' if label else ""
+        return (f"<div{name}><span>{self.formula(text)}<i>{pad}</i><em>{html(note)}</em></span>"
+                f"{go}</div>")
+
+    def prose(self, text):
+        """A docstring or a comment -> paragraphs, lists, equations and ASCII pictures."""
+        out = []
+        for block in text.split("\n\n"):
+            parts, kind = [], ""                        # (kind, lines) of paragraphs, items, ...
+            for line in block.split("\n"):
+                item, before = ITEM.match(line), kind
+                kind = "pre" if line.startswith("    ") else "li" if item or (
+                    kind == "li" and line.startswith("  ")) else "p"
+                last = parts[-1][1][-1] if parts else ""
+                ended = (text in self.doc and kind == before == "p" and last.endswith(".")
+                         and len(f"{last} {line.split()[0]}") <= 100)
+                if kind != before or item or ended:     # ended: the next word had room there
+                    parts.append((kind, []))
+                parts[-1][1].append(line)
+            for i, (kind, lines) in enumerate(parts):
+                if kind == "pre" and any(map(LABEL.search, lines)):
+                    out.append(f'<div class="eqs">{"".join(map(self.equation, lines))}</div>')
+                elif kind == "pre":
+                    out.append(f'<pre tabindex="0">{html(chr(10).join(lines))}</pre>')
+                else:
+                    first = kind == "p" and text in self.doc and (i == 0 or parts[i - 1][0] == "p")
+                    head = (HEAD if first else ITEM).match(lines[0])
+                    head = head[0] if head else ""
+                    rest = self.inline("\n".join(lines).removeprefix(head))
+                    out.append(f"<{kind}>{head and f'<b>{html(head)}</b>'}{rest}</{kind}>")
+        return re.sub(r"(<li>.*?</li>\n?)+", r"<ul>\g<0></ul>", "\n".join(out), flags=re.S)
+
+    # ------------------------------------------------------------------------ code -> HTML
+
+    def paint(self):
+        """-> {line: its code as HTML}. A name of this file links to its definition."""
+        painted, ends = dict.fromkeys(range(1, len(self.lines) + 1), ""), {}
+        for before, t, after in zip(self.tokens, self.tokens[1:], self.tokens[2:]):
+            (n, a), (_, b) = t.start, t.end
+            if t.type in (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+                continue
+            text, gap = html(self.lines[n - 1][a:b]), self.lines[n - 1][ends.get(n, 0):a]
+            ends[n] = b
+            if t.type == tokenize.COMMENT:
+                gap, text = f"<i>{gap}</i>", f"<em>{self.inline(t.string)}</em>"
+            elif t.type in (tokenize.STRING, tokenize.NUMBER):
+                text = f"<s>{text}</s>"
+            elif keyword.iskeyword(t.string):
+                text = f"<b>{text}</b>"
+            elif before.string in ("def", "class"):
+                text = f"<dfn>{text}</dfn>"
+            elif t.string in self.places and before.string != "." and (
+                    after.string == "(" or t.string[0].isupper()):
+                text = f'<a href="#L{self.places[t.string]}">{text}</a>'
+            painted[n] += gap + text
+        return {n: line + html(self.lines[n - 1][ends.get(n, 0):]) for n, line in painted.items()}
+
+    def rows(self):
+        """The file below its docstring -> [explanations (HTML), lines of code (HTML), heading]."""
+        painted, at, rows = self.paint(), {}, [[[], [], ""]]
+        for label, lines in self.labels.items():
+            for n in lines:
+                at.setdefault(n, []).append(label)
+        n, shown = self.docs[1][0] + 1, set()
+        while n <= len(self.lines):
+            last = n
+            if (n in self.notes or n in self.starts) and any(map(str.strip, rows[-1][1])):
+                rows.append([[], [], ""])
+                shown = set()
+            if n in self.docs:
+                last, text = self.docs[n]
+                rows[-1][0].append(f'<div data-n="{n}-{last}">{self.prose(text)}</div>')
+            elif n in self.notes:
+                while last + 1 in self.notes:
+                    last += 1
+                words = [self.notes[i].lstrip("# ") for i in range(n, last + 1)]
+                if words[0].startswith("---"):          # a ruler
+                    words = [word.lstrip("- ") for word in words]
+                    rows[-1][2] = words.pop(0)
+                rows[-1][0].append(f'<p data-n="{n}-{last}">{self.inline(" ".join(words))}</p>')
+            else:
+                labels = "".join(at.get(n, ()))
+                mark = f' data-q="{labels}"' if labels else ""
+                indent = len(self.lines[n - 1]) - len(self.lines[n - 1].lstrip())
+                rows[-1][1].append(f'<span id="L{n}" data-n="{n}" style="--i:{indent}"{mark}>'
+                                   f"{painted[n]}</span>")
+                for label in [label for label in labels if label not in shown]:
+                    card = "<br>".join(NOTE.sub(r"\1 <em>\3</em>", html(line.strip()))
+                                       for line in self.equations[label])
+                    rows[-1][0].append(f'<a class="card" href="#eq-{label}" data-q="{label}">'
+                                       f"<b>({label})</b> {card}</a>")
+                    shown.add(label)
+            n = last + 1
+        return rows
