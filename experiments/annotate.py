@@ -181,12 +181,12 @@ class Source:
         for label, lines in self.labels.items():
             for n in lines:
                 at.setdefault(n, []).append(label)
-        n, shown = self.docs[1][0] + 1, set()
+        n, shown, coded = self.docs[1][0] + 1, set(), False     # coded: the row has code
         while n <= len(self.lines):
             last = n
-            if (n in self.notes or n in self.starts) and any(map(str.strip, rows[-1][1])):
+            if coded and (n in self.notes or n in self.starts):
                 rows.append([[], [], ""])
-                shown = set()
+                shown, coded = set(), False
             if n in self.docs:
                 last, text = self.docs[n]
                 rows[-1][0].append(f'<div data-n="{n}-{last}">{self.prose(text)}</div>')
@@ -199,6 +199,7 @@ class Source:
                     rows[-1][2] = words.pop(0)
                 rows[-1][0].append(f'<p data-n="{n}-{last}">{self.inline(" ".join(words))}</p>')
             else:
+                coded = coded or bool(painted[n])
                 labels = "".join(at.get(n, ()))
                 mark = f' data-q="{labels}"' if labels else ""
                 indent = len(self.lines[n - 1]) - len(self.lines[n - 1].lstrip())

@@ -189,13 +189,19 @@ def test_the_pages_load_nothing_and_are_small():
 
 
 def test_maps_are_strings_of_one_character_per_cell(tmp_path, few_digits):
-    for name in ("racedit", "ditmoe"):
-        write_model(tmp_path / f"{name}-digits.pt", name, size=28, patch=4, channels=1, dim=32,
-                    heads=2)
+    def write(name):
+        file = tmp_path / f"{name}-digits.pt"
+        write_model(file, name, size=28, patch=4, channels=1, dim=32, heads=2)
+    write("racedit")
+    write("ditmoe")
     out, _ = run_cli(maps, "--checkpoints", tmp_path, "--out", tmp_path / "maps.json")
     assert "dydit-digits.pt: missing" in out
     found = json.loads((tmp_path / "maps.json").read_text())
     assert set(found) == {"dtr", "racedit", "ditmoe"}
+    write("dydit")
+    run_cli(maps, "--checkpoints", tmp_path, "--out", tmp_path / "maps.json")
+    found = json.loads((tmp_path / "maps.json").read_text())
+    assert len(found["dydit"]["tiles"]) == 10
     for entry in (*found.values(), *json.loads(pages.MAPS.read_text()).values()):
         for tile in entry["tiles"]:
             assert len(tile["frames"]) == len(entry["t"])
