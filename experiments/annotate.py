@@ -22,7 +22,7 @@ NOTE = re.compile(r"(.*?\S)(?<!:)(\s{4,})(\S.*)")                      # an equa
 ITEM = re.compile(r"(\d\.|-)(?= )")
 HEAD = re.compile(r"Equations|[A-Z][^:.;(]{3,60}(?=[:(])|(?:What|Why|Where|Diff)[^:.;(]*(?=\.)")
 IN_SHAPE = re.compile(r"(?<![A-Za-z])(?:E_t|[A-Za-z])(?![A-Za-z0-9])")  # the letters of (B, L, D)
-SYMBOL = re.compile(r"(?<![\w^'.])\d*(E_t|lambda|[A-Za-z])(?![\w'(]| =)|[&<>]")
+SYMBOL = re.compile(r"(?<!for )(?<![\w^'.])\d*(E_t|lambda|[A-Za-z])(?![\w'(]| =)|[&<>]")
 MARKS = re.compile(r"arXiv:(?P<arxiv>\d+\.\d+)|(?P<file>[\w/]+)\.(?:py|md)\b|"
                    r"(?<!\S)\((?P<label>[a-z])\)|"
                    r"(?P<shape>\((?:[\w.*/+|^ -]{1,12},)+[\w.*/+|^ -]{0,12}\))|"
