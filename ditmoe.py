@@ -366,7 +366,7 @@ class Experts(nn.Module):
                                   out_int32=True)       # (E,)   expert e has rows ends[e-1]:ends[e]
         z = self.networks(x.index_select(0, token).to(amp_dtype(x)), ends, expert)  # (R, D)
         z = z.to(gate.dtype) * gate.index_select(0, order)[:, None]             # (R, D)
-        return z.new_zeros(x.shape).index_add(0, token, z)                      # (T, D)
+        return z.new_zeros(x.shape).index_add(0, token, z)                      # (T, D)  (c)
 
     def networks(self, z, ends, expert):
         """Row r of z (R, D) through the network of expert[r] -> (R, D)."""

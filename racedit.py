@@ -8,8 +8,8 @@ ones alike. Can the router decide how much compute a token deserves?
 2. Keep the B*L*k best pairs of the whole batch. A hard token may win many experts, an easy one
    none; a token without an expert passes through the residual connection unchanged.
 3. Sampling cannot race: all images have the same t, so every noise level would get k experts per
-   token, and an image would depend on its batch. Training therefore tracks the score of the last
-   winner as a moving average tau, and sampling keeps every pair that reaches tau.
+   token, and an image would depend on its batch. Training therefore tracks the lowest winning
+   score as a moving average tau, and sampling keeps every pair that reaches tau, be it none.
 4. Router similarity loss: two experts that often win the same tokens are pushed to score tokens
    differently. An expert that wins too many tokens is pushed to score lower.
 5. Per-layer regularization (PLR): the outputs of blocks grow with depth, so shallow layers count
@@ -22,7 +22,7 @@ ones alike. Can the router decide how much compute a token deserves?
     t1    [.9  .1  .7]              [x  .  x]   2 experts         [x  .  .]
     t2    [.3  .2  .1]              [.  .  .]   0 experts         [x  .  .]
     t3    [.2  .8  .4]              [.  x  .]   1 expert          [.  x  .]
-                                    the last winner scores .7, so tau moves towards .7
+                                    the lowest winning score is .7: tau moves towards .7
     sampling with tau = .7, two tokens of another image: no race, the number of winners is free
     u1    [.8  .2  .9]              [x  .  x]   2 experts
     u2    [.6  .1  .5]              [.  .  .]   0 experts
@@ -57,15 +57,17 @@ its expert, so the diffusion loss reaches the logits of the winners only (if G i
 logits of their tokens). L_sim reaches all logits, through probs; the counts W are constants. L_plr
 reaches r and what lies below it.
 
-What the losses say at their extremes. L_sim = 1 if all logits are equal, or if experts and pairs of
-experts are used evenly. Both need a token that won two experts: if there is none, the terms i != j
-are 0 (token choice, k = 1, equal logits: L_sim = 1/E). L_sim = (E/k)^2 if the same k > 1 experts
-win every token with probability 1/k each: 16 for 2 of 8. The classic balance loss is E/k in that
-case. It multiplies the load of each expert by its mean probability and does not see pairs of
-experts; it is 1 if the loads are even.
-Worked example, E = 8, k = 2, logits 4 for an expert that won and 0 for the others. Every token wins
-one pair of the twins (0,1), (2,3), (4,5), (6,7), all equally often: even loads, balance 1.0, but
-similarity 3.6, against 1.0 if all 28 pairs occur equally often. The eight experts are in fact four.
+What the losses say: the classic balance loss multiplies the load of each expert by its mean
+probability. It does not see pairs of experts, L_sim does:
+                                                                      balance    L_sim
+    all logits equal, some token with two winners                     1          1
+    the same k > 1 experts win every token, probability 1/k each      E/k        (E/k)^2
+    2 of 8 experts: all 28 pairs win equally often                    1.0        1.0
+    2 of 8 experts: only the twins 01, 23, 45, 67 win, evenly         1.0        3.6
+    no token has two winners (token choice, k = 1), equal logits      1          1/E
+(2 of 8: logits 4 for an expert that won, 0 for the others.) With twins all loads are even, but the
+eight experts are in fact four. 1/E shows that 1 is not the minimum: without a token that won two
+experts, the terms i != j of L_sim are 0.
 
 Main result (ImageNet 256x256): it reaches DiT-XL's training loss in 7.2 times fewer iterations at
 equal activated parameters; XL with 4 of 32 experts has FID 3.31, dense XL 6.31 (Table 4). B/2 with
@@ -154,9 +156,9 @@ def select(gates, k, route="race"):
     gates.flatten(); kth_score (groups,). K = pairs * k / E, so that all routes spend k experts per
     token on average; K is rounded down, but it is at least 1."""
     groups = ROUTES[route](gates.detach())                                      # (groups, pairs)
-    K = max(1, groups.shape[1] * k // gates.shape[2])
+    K = max(1, groups.shape[1] * k // gates.shape[2])                           # (d)
     score, place = groups.topk(K, dim=1, sorted=False)                          # (groups, K)  (d)
-    return ROUTES[route](pair_index(gates)).gather(1, place).flatten(), score.amin(1)
+    return ROUTES[route](pair_index(gates)).gather(1, place).flatten(), score.amin(1)   # (d)
 
 
 def select_by_threshold(gates, tau, route="race"):
@@ -314,7 +316,8 @@ class RaceDiT(nn.Module):
         """tau <- m tau + (1 - m) v in every layer; the first v replaces nan. train.py calls this
         once per step, after backward(), because activation checkpointing and accumulation run
         forward() more often than that."""
-        for tau, v in zip([block.moe.tau for block in self.blocks], aux["kth_score_stat"]):  # (e)
+        for tau, v in zip([block.moe.tau for block in self.blocks], aux["kth_score_stat"]):
+            # tau is nan at first  (e)
             tau.copy_(torch.where(tau.isnan(), v, tau.lerp(v.to(tau), 1 - self.cfg.momentum)))
 
 
@@ -382,7 +385,7 @@ class Experts(nn.Module):
                                   out_int32=True)       # (E,)   expert e has rows ends[e-1]:ends[e]
         z = self.networks(x.index_select(0, token).to(amp_dtype(x)), ends, expert)  # (R, D)
         z = z.to(gate.dtype) * gate.index_select(0, order)[:, None]             # (R, D)
-        return z.new_zeros(x.shape).index_add(0, token, z)                      # (T, D)
+        return z.new_zeros(x.shape).index_add(0, token, z)                      # (T, D)  (c)
 
     def networks(self, z, ends, expert):
         """Row r of z (R, D) through the network of expert[r] -> (R, D)."""
