@@ -1,9 +1,9 @@
-"""A commented Python file -> HTML in rows of two columns: an explanation, and the code beside it.
+"""A commented Python file -> HTML in rows: an explanation, and the code that it explains.
 
-Used by experiments/pages.py. Docstrings and comments that stand alone move into the first column.
-The second column has every other line of the file, unchanged. A label (a), (b), ... links an
-equation of the module's docstring with the lines that end with the same label. The letters of
-"Letters: B batch, ..." explain themselves in shapes, (B, L, D), and in equations.
+Used by experiments/pages.py. Docstrings and comments that stand alone become explanations. The code
+is every other line of the file, unchanged, without the empty lines around it. A label (a), (b), ...
+links an equation of the module's docstring with the lines that end with the same label. The letters
+of "Letters: B batch, ..." explain themselves in shapes, (B, L, D), and in equations.
 Read next: Source, then Source.rows()."""
 
 import ast
@@ -12,7 +12,9 @@ import keyword
 import re
 import tokenize
 from html import escape
+from math import ceil
 from pathlib import Path
+from textwrap import dedent
 
 ROOT = Path(__file__).resolve().parent.parent
 PAPERS = ("dit", "dtr", "racedit", "ditmoe", "dydit")
@@ -20,10 +22,17 @@ LABEL = re.compile(r"(?<!\S)\(([a-z])\)")
 EQUATION = re.compile(r"    (.*?)(?: +\(([a-z])\))?")                    # a line, its label
 NOTE = re.compile(r"(.*?\S)(?<!:)(\s{4,})(\S.*)")                      # an equation, a note
 ITEM = re.compile(r"(\d\.|-)(?= )")
-HEAD = re.compile(r"Equations|[A-Z][^:.;(]{3,60}(?=[:(])|(?:What|Why|Where|Diff)[^:.;(]*(?=\.)")
+HEAD = re.compile(r"(?:Equations|Worked example|The [\w' ]{3,40}(?=,)|"
+                  r"[A-Z][^:.;(]{2,59}\w(?= ?[:(])|(?:What|Why|Where)[^:.;(]*(?=\.))")
+LAST_HEAD = re.compile(r"[^.]+\.?")                    # of the list at the end of the docstring
+TIGHT = (r"\d[\d.]*e-\d+|(?<!\S)--?[a-z][\w-]*|"      # no line ends inside: 1e-4, --path, i != j
+         r"\b[\w']+ (?:[!<>]?=|[<>]) [\w.]*\w\b(?![\w'(])")
+TERM = re.compile(rf"({TIGHT}|[\w'^]*\([^()]{{1,14}}\))")              # nor inside (1 - m)
 IN_SHAPE = re.compile(r"(?<![A-Za-z])(?:E_t|[A-Za-z])(?![A-Za-z0-9])")  # the letters of (B, L, D)
 SYMBOL = re.compile(r"(?<!for )(?<![\w^'.])\d*(E_t|lambda|[A-Za-z])(?![\w'(]| =)|[&<>]")
-MARKS = re.compile(r"arXiv:(?P<arxiv>\d+\.\d+)|(?P<file>[\w/]+)\.(?:py|md)\b|"
+MARKS = re.compile(rf"(?P<tight>{TIGHT})|"
+                   r"(?P<above>docstring\s+above)|(?P<ruler>first \"# -+\" line)|"
+                   r"arXiv:(?P<arxiv>\d+\.\d+)|(?P<file>[\w/]+)\.(?:py|md)\b|"
                    r"(?<!\S)\((?P<label>[a-z])\)|"
                    r"(?P<shape>\((?:[\w.*/+|^ -]{1,12},)+[\w.*/+|^ -]{0,12}\))|"
                    r"(?P<name>[A-Za-z_]\w+(?:\.\w+)?)(?P<call>\(\))?|[&<>]")
@@ -31,6 +40,23 @@ MARKS = re.compile(r"arXiv:(?P<arxiv>\d+\.\d+)|(?P<file>[\w/]+)\.(?:py|md)\b|"
 
 def html(text):
     return escape(text, quote=False)
+
+
+def stop_once(page):
+    """The Tab key stops at the first (B, L, D) of a page only; a pointer can ask all of them."""
+    told = set()
+
+    def stop(m):
+        text, before = m[2], len(told)
+        told.add(text)
+        return m[0] if len(told) > before else f'<abbr tabindex="-1"{m[1]}>{text}</abbr>'
+    return re.sub(r'<abbr tabindex="0"([^>]*)>(.*?)</abbr>', stop, page)
+
+
+def terms(text, to_html=html):
+    """A formula, in which no line ends inside a term."""
+    return "".join(f"<var>{to_html(part)}</var>" if i % 2 else to_html(part)
+                   for i, part in enumerate(TERM.split(text)))
 
 
 def tokens(text):
@@ -61,6 +87,7 @@ class Source:
                 self.labels.setdefault(label, []).append(line)
         self.define(tree, "")
         self.doc, label = ast.get_docstring(tree), None
+        self.next = re.search(r"Read next:\s(.*?)\.(?:\s|$)", self.doc + "Read next: .", re.S)[1]
         for line in self.doc.split("\n"):
             found = EQUATION.fullmatch(line)
             label = found and (found[2] or label)       # until a line that is not indented
@@ -95,10 +122,15 @@ class Source:
         name, file, word, label = m["name"], m["file"], html(m[0]), m["label"]
         if m["shape"]:
             return self.explain(m[0], IN_SHAPE.findall(m[0]))
+        if m["tight"]:
+            return f"<var>{word}</var>"
+        if name and m.string[m.start() - 1:m.start()] == m.string[m.end():m.end() + 1] == '"':
+            return word                                 # "balance_loss", a key of aux
         to = (f"https://arxiv.org/abs/{m['arxiv']}" if m["arxiv"]
+              else "#text" if m["above"] else "#part-1" if m["ruler"]
               else f"#eq-{label}" if label in self.equations
               else f"#L{self.places[name]}" if name in self.places and (
-                  m["call"] or re.search(r"[a-z][._]\w", name))
+                  m["call"] or re.search(r"\.|[a-z]_\w", name))
               else f"{file}.html" if file in PAPERS
               else f"../{m[0]}" if file and (ROOT / m[0]).exists() else "")
         return f'<a href="{to}">{word}</a>' if to else word
@@ -108,25 +140,26 @@ class Source:
         return MARKS.sub(self.mark, text)
 
     def formula(self, text):
-        return SYMBOL.sub(lambda m: self.explain(m[0], [m[1]]), text)
+        return terms(text, lambda s: SYMBOL.sub(lambda m: self.explain(m[0], [m[1]]), s))
 
     def equation(self, line):
-        """A line of equations. Its label links to the lines of code that carry it, too."""
+        """A line of equations. Beside its label: links to the lines of code that carry it, too."""
         text, label = EQUATION.fullmatch(line).groups()
         found, where = NOTE.fullmatch(text), self.labels.get(label, ())
         text, pad, note = found.groups() if found else (text, "", "")
         name = f' id="eq-{label}" data-q="{label}"' if label else ""
-        more = "".join(f'<a href="#L{n}" data-n="{n}" aria-label="line {n}"></a>'
-                       for n in where[1:])
-        go = f'<span><a href="#L{where[0]}">({label})</a>{more}</span>' if label else ""
-        return (f"<div{name}><span>{self.formula(text)}<i>{pad}</i><em>{html(note)}</em></span>"
+        lines = " ".join(f'<a href="#L{n}" data-n="{n}" aria-label="line {n}"></a>' for n in where)
+        go = f"<span>({label}) {lines}</span>" if label else ""
+        return (f"<div{name}><span>{self.formula(text)}<i>{pad}</i><em>{terms(note)}</em></span>"
                 f"{go}</div>")
 
     def prose(self, text):
-        """A docstring or a comment -> paragraphs, lists, equations and ASCII pictures."""
+        """A docstring or a comment -> paragraphs, lists, equations and ASCII pictures. In the
+        module's docstring paragraphs have headings, and the list at its end can be closed."""
         out = []
         for block in text.split("\n\n"):
             parts, kind = [], ""                        # (kind, lines) of paragraphs, items, ...
+            closes = text in self.doc and self.doc.endswith(block) and "\n- " in block
             for line in block.split("\n"):
                 item, before = ITEM.match(line), kind
                 kind = "pre" if line.startswith("    ") else "li" if item or (
@@ -141,13 +174,21 @@ class Source:
                 if kind == "pre" and any(map(LABEL.search, lines)):
                     out.append(f'<div class="eqs">{"".join(map(self.equation, lines))}</div>')
                 elif kind == "pre":
-                    out.append(f'<pre tabindex="0">{html(chr(10).join(lines))}</pre>')
+                    drawing = html(dedent("\n".join(lines)))
+                    out.append(f'<pre tabindex="0">{drawing}</pre>')
+                elif closes and i == 0:
+                    head = LAST_HEAD.match(lines[0])[0]
+                    rest = self.inline("\n".join(lines).removeprefix(head).strip())
+                    out.append(f"<details open><summary><h3>{self.inline(head)}</h3></summary>"
+                               f"{rest and f'<p>{rest}</p>'}")
                 else:
                     first = kind == "p" and text in self.doc and (i == 0 or parts[i - 1][0] == "p")
                     head = (HEAD if first else ITEM).match(lines[0])
                     head = head[0] if head else ""
                     rest = self.inline("\n".join(lines).removeprefix(head))
-                    out.append(f"<{kind}>{head and f'<b>{html(head)}</b>'}{rest}</{kind}>")
+                    out.append(f"<div><h3>{html(head)}</h3>{rest}</div>" if head and first else
+                               f"<{kind}>{head and f'<b>{head}</b>'}{rest}</{kind}>")
+            out += ["</details>"] * closes
         return re.sub(r"(<li>.*?</li>\n?)+", r"<ul>\g<0></ul>", "\n".join(out), flags=re.S)
 
     # ------------------------------------------------------------------------ code -> HTML
@@ -172,21 +213,23 @@ class Source:
             elif t.string in self.places and before.string != "." and (
                     after.string == "(" or t.string[0].isupper()):
                 text = f'<a href="#L{self.places[t.string]}">{text}</a>'
+            elif t.string in "(." and after.string != ")":
+                text += "<wbr>"                         # a narrow screen may break the line here
             painted[n] += gap + text
         return {n: line + html(self.lines[n - 1][ends.get(n, 0):]) for n, line in painted.items()}
 
     def rows(self):
         """The file below its docstring -> [explanations (HTML), lines of code (HTML), heading]."""
-        painted, at, rows = self.paint(), {}, [[[], [], ""]]
+        painted, at, rows, shown = self.paint(), {}, [[[], [], ""]], set()
         for label, lines in self.labels.items():
             for n in lines:
                 at.setdefault(n, []).append(label)
-        n, shown, coded = self.docs[1][0] + 1, set(), False     # coded: the row has code
+        n, empty = self.docs[1][0] + 1, []              # empty lines inside the code of a row
         while n <= len(self.lines):
             last = n
-            if coded and (n in self.notes or n in self.starts):
+            if rows[-1][1] and (n in self.notes or n in self.starts):
                 rows.append([[], [], ""])
-                shown, coded = set(), False
+                empty = []
             if n in self.docs:
                 last, text = self.docs[n]
                 rows[-1][0].append(f'<div data-n="{n}-{last}">{self.prose(text)}</div>')
@@ -196,20 +239,41 @@ class Source:
                 words = [self.notes[i].lstrip("# ") for i in range(n, last + 1)]
                 if words[0].startswith("---"):          # a ruler
                     words = [word.lstrip("- ") for word in words]
-                    rows[-1][2] = words.pop(0)
+                    rows[-1][2] = words.pop(0).rstrip(",")
                 rows[-1][0].append(f'<p data-n="{n}-{last}">{self.inline(" ".join(words))}</p>')
-            else:
-                coded = coded or bool(painted[n])
-                labels = "".join(at.get(n, ()))
-                mark = f' data-q="{labels}"' if labels else ""
-                indent = len(self.lines[n - 1]) - len(self.lines[n - 1].lstrip())
-                rows[-1][1].append(f'<span id="L{n}" data-n="{n}" style="--i:{indent}"{mark}>'
-                                   f"{painted[n]}</span>")
-                for label in [label for label in labels if label not in shown]:
-                    card = "<br>".join(NOTE.sub(r"\1 <em>\3</em>", html(line.strip()))
+            elif painted[n]:
+                for i in (*empty, n):
+                    mark = f' data-q="{"".join(at[i])}"' if i in at else ""
+                    indent = len(self.lines[i - 1]) - len(self.lines[i - 1].lstrip())
+                    rows[-1][1].append(f'<span id="L{i}" data-n="{i}" style="--i:{indent}"{mark}>'
+                                       f"{painted[i]}</span>")
+                for label in [label for label in at.get(n, ()) if label not in shown]:
+                    card = "<br>".join(NOTE.sub(r"\1 <em>\3</em>", terms(line.strip()))
                                        for line in self.equations[label])
                     rows[-1][0].append(f'<a class="card" href="#eq-{label}" data-q="{label}">'
                                        f"<b>({label})</b> {card}</a>")
                     shown.add(label)
+                empty = []
+            elif rows[-1][1]:
+                empty.append(n)
             n = last + 1
         return rows
+
+    @staticmethod
+    def beside(explanations, code):
+        """Whether two columns pay: the explanation, of 67 letters to a line, is hardly taller."""
+        parts = re.split("<p>|<li>|<br>|</a>|</div>", "".join(explanations))
+        lines = sum(ceil(len(re.sub("<.*?>", "", part)) / 67) for part in parts)
+        return 0 < lines * 23 < len(code) * 19 + 60         # pixels
+
+    def contents(self, rows):
+        """Links to the definitions, one paragraph for each part of the file."""
+        names = {n: name for name, n in self.places.items() if "." not in name}
+        parts = [["code", "the paper's part", ""]]
+        for _, code, heading in rows:
+            if heading:
+                parts.append([f"part-{len(parts)}", heading.split(",")[0], ""])
+            for n in map(int, re.findall(r'id="L(\d+)"', "".join(code))):
+                parts[-1][2] += f' <a href="#L{n}">{names[n]}</a>' if n in names else ""
+        return "".join(f'<p><a href="#{to}"><b>{html(part)}</b></a>{links}</p>'
+                       for to, part, links in parts)

@@ -1,3 +1,19 @@
+// What goes on beyond the right edge fades there. In the list of pages the current one is seen.
+function fade(at) {
+  at.classList.toggle("more", at.scrollLeft + at.clientWidth < at.scrollWidth - 2);
+}
+const strips = document.querySelectorAll("body > nav, article pre, main > pre");
+addEventListener("resize", () => strips.forEach(fade));
+for (const strip of strips) {
+  strip.addEventListener("scroll", () => fade(strip));
+  const current = strip.querySelector("[aria-current]");
+  if (current)
+    strip.scrollLeft = current.offsetLeft + current.offsetWidth + 70 - strip.clientWidth;
+  fade(strip);
+}
+if (innerWidth < 720)
+  for (const list of document.querySelectorAll("details")) list.open = false;
+
 // An equation, its card and its lines of code light up together.
 for (const at of document.querySelectorAll("[data-q]")) {
   const light = on => {

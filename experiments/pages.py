@@ -14,8 +14,9 @@ import re
 import sys
 from base64 import b64encode
 from html import escape
+from itertools import count
 
-from experiments.annotate import PAPERS, ROOT, Source, html
+from experiments.annotate import PAPERS, ROOT, Source, html, stop_once
 
 CLAIMS = dict(dtr="T", racedit="R", ditmoe="M", dydit="Y")              # T1 is a claim of DTR
 MAPS = ROOT / "experiments/results/maps.json"
@@ -82,8 +83,9 @@ def markdown(text):
 def image(file, caption):
     """An image that is stored in the page itself."""
     data = b64encode((ROOT / file).read_bytes()).decode()
-    return (f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{words(caption)}</figcaption></figure>")
+    return (f'<figure><img alt="{escape(caption).replace("`", "")}" '
+            f'src="data:image/png;base64,{data}"><figcaption>{words(caption)}</figcaption>'
+            "</figure>")
 
 
 def figures(name):
@@ -91,9 +93,12 @@ def figures(name):
     tree = ast.parse(read("experiments/claims.py"))
     captions = next(ast.literal_eval(node.value) for node in tree.body
                     if ast.unparse(node).startswith("CAPTIONS ="))
-    mine = re.compile(rf"\b{CLAIMS.get(name, 'none')}\d")
-    found = {f"assets/{file}.png": text for file, text in captions.items() if mine.search(text)}
-    found |= {file: text for text, file in re.findall(r"!\[(.*?)\]\((.*?)\)", read("README.md"))
+    found = {f"assets/{file}.png": text for file, text in captions.items()
+             if re.search(rf"\b{CLAIMS.get(name, 'none')}\d", text)}
+    readme = read("README.md")                  # there, "the model above" is that of the command
+    command = re.search(rf"train\.py --model {name}\b[^&|#\n]*\w", readme) or [f"{name}.py"]
+    found |= {file: text.replace("the model above", f"`{command[0]}`")
+              for text, file in re.findall(r"!\[(.*?)\]\((.*?)\)", readme)
               if file.startswith(f"assets/{name}-")}
     return "\n".join(image(f, text) for f, text in found.items() if (ROOT / f).exists())
 
@@ -107,11 +112,11 @@ def ledger():
 def slider(name):
     maps = json.loads(MAPS.read_text()) if MAPS.exists() else {}
     if name not in maps:
-        return ('<p class="none">No map stored: <code>python -m experiments.maps</code> makes it '
-                "from a checkpoint.</p>")
-    return (f'<section class="maps"><p>{html(maps[name]["text"])}</p><label>data '
-            '<input type="range" aria-label="noise level t" value="0" min="0" '
-            f'max="{len(maps[name]["t"]) - 1}"> noise <output></output></label>'
+        return ""
+    return (f'<h2 id="maps">Over the noise levels</h2><section class="maps">'
+            f'<p>{html(maps[name]["text"])}</p><label>data <input type="range" '
+            f'aria-label="noise level t" value="0" min="0" max="{len(maps[name]["t"]) - 1}"> '
+            'noise <output></output></label>'
             '<div class="tiles"></div><noscript>The slider needs JavaScript.</noscript>'
             f'<script type="application/json">{json.dumps(maps[name], separators=(",", ":"))}'
             "</script></section>")
@@ -129,46 +134,58 @@ def shell(name, title, body):
             f"<script>\n{script}</script>\n</html>\n")
 
 
+def claims(letter):
+    """The claims of a paper with their verdicts; those without one in one line, R1-R3, R5."""
+    items, others = "", {}
+    row = rf"\| ({letter}\d+) \| (.*?) \| .*? \| (.*?) \|"
+    for claim, what, verdict in re.findall(row, ledger()):
+        link = f'<a href="index.html#{claim}">{claim}'
+        if not re.match("not (run yet|testable)", verdict):
+            items += f"<li>{link}</a> <span>{words(what)}: <b>{words(verdict)}</b></span>"
+            continue
+        runs, n = others.setdefault(verdict, []), int(claim[1:])
+        if not runs or runs[-1][2] != n - 1:
+            runs.append([link, n, n])
+        runs[-1][2] = n
+    lines = (", ".join(f"{link}{f'-{letter}{last}' * (last > first)}</a>" for link, first, last
+                       in runs) + f": {verdict}" for verdict, runs in others.items())
+    return (f"<h2>What the paper says, and what we saw</h2>{items and f'<ul>{items}</ul>'}"
+            f"<p>{'; '.join(lines)}</p>")
+
+
 def paper(name):
-    """The docstring with the maps and figures beside it, then the code in rows of two columns."""
+    """The docstring with the maps and figures beside it, then the code in rows."""
     source = Source(read(f"{name}.py"))
     first, _, rest = source.doc.partition("\n\n")
     title, *by = re.split(r" {2,}|\n", first)
-    aside = jump = ""
-    if name != "dit":
-        aside = f'<h2 id="maps">Over the noise levels</h2>{slider(name)}'
-        jump = '<a href="#maps">over the noise levels</a> | '
-    if name in CLAIMS:
-        rows = re.findall(rf"\| ({CLAIMS[name]}\d+) \| (.*?) \| .*? \| (.*?) \|", ledger())
-        items = "".join(f'<li><a href="index.html#{claim}">{claim}</a> {words(what)}: '
-                        f"<b>{words(verdict)}</b>" for claim, what, verdict in rows)
-        aside += f"<h2>What the paper says, and what we saw</h2><ul>{items}</ul>"
-    aside += figures(name)
-    out, places, section = [], {n: i for n, i in source.places.items() if "." not in n}, 0
-    for explanations, code, heading in source.rows():
+    maps, found = slider(name), claims(CLAIMS[name]) if name in CLAIMS else ""
+    start, more = re.fullmatch(r"(.*?</pre>(?:\n<pre.*?</pre>)*)\n(.*)", source.prose(rest),
+                               re.S).groups()               # ends with the first drawing
+    out, rows, parts = [], source.rows(), count(1)
+    for explanations, code, heading in rows:
         if heading:
-            section += 1
-            out.append(f'<h2 id="part-{section}">{html(heading)}</h2>')
-        out.append(f'<div class="row"><div><div>{"".join(explanations)}</div></div>'
-                   f'<pre>{"".join(code)}</pre></div>')
-    contents = "".join(f'<a href="#L{line}">{n}</a>' for n, line in places.items())
-    return shell(name, title, (
-        f'<header><h1>{html(title)}</h1><p>{source.inline(" ".join(by))} '
-        f'<br><a href="../{name}.py">{name}.py</a> | {jump}<a href="#code">the code</a></p>'
-        "</header>\n"
-        f'<div class="top"><article>'
-        f'{source.prose(rest)}</article>\n<aside>{aside}</aside></div>\n'
-        f'<h2 id="code">The code</h2>\n<nav class="contents" aria-label="definitions">'
-        f"{contents}</nav>\n" + "\n".join(out)))
+            out.append(f'<h2 id="part-{next(parts)}">{html(heading)}</h2>')
+        text = f'<div><div>{"".join(explanations)}</div></div>' if explanations else ""
+        kind = "row beside" if source.beside(explanations, code) else "row"
+        out.append(f'<div class="{kind}">{text}<pre>{"".join(code)}</pre></div>')
+    return shell(name, title, stop_once(
+        f'<header><h1>{html(title)}</h1><p>{source.inline(" ".join(by))}</p><p class="go">'
+        f'<b>Read next: {source.inline(source.next)}</b> <a href="#code">the code</a> '
+        f'{maps and """<a href="#maps">over the noise levels</a> """}'
+        f'<a href="../{name}.py">{name}.py</a></p></header>\n'
+        f'<article id="text" class="top"><div>{start}</div>\n<aside>{maps}{found}{figures(name)}</aside>\n'
+        f'<div>{more}</div></article>\n<h2 id="code">The code</h2>\n<p class="none">A missing '
+        "line number is a comment or a docstring, which is shown with the code that it explains, "
+        f'or an empty line.</p>\n<nav class="contents" aria-label="definitions">'
+        f"{source.contents(rows)}</nav>\n" + "\n".join(out)))
 
 
 def index():
     text = re.sub("<!--.*?-->\n", "", read("README.md")).split("\n## What the papers say")[0]
     title = text.split("\n")[0].removeprefix("# ")
-    more = words("[Contrasts, seeds and intervals](experiments/README.md)")
     return shell("index", title, "\n".join([
         markdown(text), "<h2>What the papers say, and what we saw</h2>", markdown(ledger()),
-        f"<p>{more}</p>"]))
+        f"<p>{words('[Contrasts, seeds and intervals](experiments/README.md)')}</p>"]))
 
 
 def write(folder):
