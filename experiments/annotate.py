@@ -26,8 +26,9 @@ HEAD = re.compile(r"(?:Equations|Worked example|The [\w' ]{3,40}(?=,)|"
                   r"[A-Z][^:.;(]{2,59}\w(?= ?[:(])|(?:What|Why|Where)[^:.;(]*(?=\.))")
 LAST_HEAD = re.compile(r"[^.]+\.?")                    # of the list at the end of the docstring
 TIGHT = (r"\d[\d.]*e-\d+|(?<!\S)--?[a-z][\w-]*|"      # no line ends inside: 1e-4, --path, i != j
+         r"\(\w{1,6} [-+*/] \w{1,6}\)|"                    # nor inside (1 - m)
          r"\b[\w']+ (?:[!<>]?=|[<>]) [\w.]*\w\b(?![\w'(])")
-TERM = re.compile(rf"({TIGHT}|[\w'^]*\([^()]{{1,14}}\))")              # nor inside (1 - m)
+TERM = re.compile(rf"({TIGHT}|[\w'^]*\([^()]{{1,14}}\))")
 IN_SHAPE = re.compile(r"(?<![A-Za-z])(?:E_t|[A-Za-z])(?![A-Za-z0-9])")  # the letters of (B, L, D)
 SYMBOL = re.compile(r"(?<!for )(?<![\w^'.])\d*(E_t|lambda|[A-Za-z])(?![\w'(]| =)|[&<>]")
 MARKS = re.compile(rf"(?P<tight>{TIGHT})|"
@@ -150,7 +151,9 @@ class Source:
         name = f' id="eq-{label}" data-q="{label}"' if label else ""
         lines = " ".join(f'<a href="#L{n}" data-n="{n}" aria-label="line {n}"></a>' for n in where)
         go = f"<span>({label}) {lines}</span>" if label else ""
-        return (f"<div{name}><span>{self.formula(text)}<i>{pad}</i><em>{terms(note)}</em></span>"
+        indent = len(line) - len(line.lstrip()) - 4
+        return (f'<div{name} style="--i:{indent}"><span>{self.formula(text)}<i>{pad}</i>'
+                f"<em>{terms(note)}</em></span>"
                 f"{go}</div>")
 
     def prose(self, text):

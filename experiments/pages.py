@@ -16,7 +16,7 @@ from base64 import b64encode
 from html import escape
 from itertools import count
 
-from experiments.annotate import PAPERS, ROOT, Source, html, stop_once
+from experiments.annotate import PAPERS, ROOT, Source, html, stop_once, terms
 
 CLAIMS = dict(dtr="T", racedit="R", ditmoe="M", dydit="Y")              # T1 is a claim of DTR
 MAPS = ROOT / "experiments/results/maps.json"
@@ -32,9 +32,9 @@ def read(file):
 def words(text):
     """A line of Markdown: code, images, links. Paths start at the root of the project."""
     def code(m):
-        name = m[1].removesuffix(".py")
+        name, text = m[1].removesuffix(".py"), f"<code>{terms(m[1], str)}</code>"
         page = name in PAPERS and name != m[1]
-        return f'<a href="{name}.html"><code>{m[1]}</code></a>' if page else f"<code>{m[1]}</code>"
+        return f'<a href="{name}.html">{text}</a>' if page else text
 
     def link(m):
         return f'<a href="{m[2] if "://" in m[2] else "../" + m[2]}">{m[1]}</a>'
@@ -165,18 +165,18 @@ def paper(name):
     for explanations, code, heading in rows:
         if heading:
             out.append(f'<h2 id="part-{next(parts)}">{html(heading)}</h2>')
-        text = f'<div><div>{"".join(explanations)}</div></div>' if explanations else ""
-        kind = "row beside" if source.beside(explanations, code) else "row"
-        out.append(f'<div class="{kind}">{text}<pre>{"".join(code)}</pre></div>')
+        text = f'<div><div>{"".join(explanations)}</div></div>' * bool(explanations)
+        out.append(f'<div class="row{" beside" * source.beside(explanations, code)}">{text}<pre>'
+                   f'{"".join(code)}</pre></div>')
     return shell(name, title, stop_once(
         f'<header><h1>{html(title)}</h1><p>{source.inline(" ".join(by))}</p><p class="go">'
         f'<b>Read next: {source.inline(source.next)}</b> <a href="#code">the code</a> '
         f'{maps and """<a href="#maps">over the noise levels</a> """}'
         f'<a href="../{name}.py">{name}.py</a></p></header>\n'
-        f'<article id="text" class="top"><div>{start}</div>\n<aside>{maps}{found}{figures(name)}</aside>\n'
-        f'<div>{more}</div></article>\n<h2 id="code">The code</h2>\n<p class="none">A missing '
-        "line number is a comment or a docstring, which is shown with the code that it explains, "
-        f'or an empty line.</p>\n<nav class="contents" aria-label="definitions">'
+        f'<article id="text" class="top"><div>{start}</div>\n<aside>{maps}{found}'
+        f'{figures(name)}</aside>\n<div>{more}</div></article>\n<h2 id="code">The code</h2>\n'
+        '<p class="none">Missing line numbers: comments and docstrings, shown with their code, and '
+        'empty lines.</p>\n<nav class="contents" aria-label="definitions">'
         f"{source.contents(rows)}</nav>\n" + "\n".join(out)))
 
 

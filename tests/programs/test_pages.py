@@ -209,7 +209,8 @@ def test_claims_without_a_verdict_share_a_line(monkeypatch):
 
 
 def test_a_caption_stands_alone():
-    assert "80 digits by <code>train.py --model racedit --tiny</code>" in DOCS["racedit"]
+    caption = "80 digits by <code>train.py <var>--model</var> racedit <var>--tiny</var></code>"
+    assert caption in DOCS["racedit"]
     assert not any("model above" in DOCS[name] for name in PAPERS)
 
 
