@@ -126,7 +126,11 @@ def test_no_line_of_a_file_is_lost_or_changed(name):
         assert text.split() == re.sub(r'"""|(?m:^ *# ?-*)', "", wanted).split(), numbers
     top = {*range(1, lines.index("import math"))}              # the docstring of the file
     left = {*range(1, len(lines) + 1)} - top - explained - {*page.lines}
-    assert {lines[n - 1] for n in left} == {""}                # empty lines at the end of a row
+    assert {lines[n - 1] for n in left} == {""}
+    for row in re.findall(r"<pre>(<span.*?)</pre>", DOCS[name], re.S):      # only between rows
+        numbers = [*map(int, re.findall(r'id="L(\d+)"', row))]
+        assert {*range(numbers[0], numbers[-1])} <= explained | {*numbers}
+        assert lines[numbers[0] - 1] and lines[numbers[-1] - 1]
     assert not explained & {*page.lines}
     title, _, rest = ast.get_docstring(ast.parse(source(name))).partition("\n\n")
     assert page.text["header"].split()[:len(title.split())] == title.split()
