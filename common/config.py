@@ -44,11 +44,13 @@ def make_diffusion(args, before):
 
 def make_config(args, module, diffusion, data, before):
     """-> the Config: TINY or a paper's size, fitted to the data, then what a checkpoint fixes, then
-    --set. module: the model's; before: the checkpoint to continue from, or None. Raises
-    UserError."""
+    --set. TINY takes smaller patches for small images, so that these are at least 7 x 7 tokens.
+    module: the model's; before: the checkpoint to continue from, or None. Raises UserError."""
     cfg = module.TINY if args.tiny else module.size(args.size)
     if data:
         cfg = replace(cfg, size=data.size, channels=data.channels, classes=data.classes)
+    while args.tiny and cfg.size < 7 * cfg.patch and cfg.patch > 1:     # latents of 8x8: patch 1
+        cfg = replace(cfg, patch=cfg.patch // 2)
     cfg = replace(cfg, learn_sigma=diffusion.kind == "ddpm")
     known = {f.name: f for f in fields(cfg)}
     cfg = replace(cfg, **kept_fields(args, before)) if before else cfg
