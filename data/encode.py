@@ -28,15 +28,21 @@ from data.folder import center_crop, count_bits, list_images, thread_pool
 MAX_WAIT = 600                                              # seconds to wait for rank 0
 
 
-def load_vae(name, device="cpu"):
-    """diffusers' AutoencoderKL: vae.encode(x).latent_dist.mean and .std, vae.decode(z).sample,
-    vae.config.scaling_factor and .shift_factor. name: a folder or a Hugging Face model. Raises
-    UserError."""
+def autoencoder_class():
+    """diffusers' AutoencoderKL. Raises UserError if diffusers is missing or broken."""
     try:
         from diffusers import AutoencoderKL
     except (ImportError, RuntimeError) as error:            # RuntimeError: installed, but broken
         why = str(error).strip().splitlines()[-1]
         raise UserError(f"latents need a VAE: pip install diffusers accelerate ({why})") from None
+    return AutoencoderKL
+
+
+def load_vae(name, device="cpu"):
+    """An AutoencoderKL: vae.encode(x).latent_dist.mean and .std, vae.decode(z).sample,
+    vae.config.scaling_factor and .shift_factor. name: a folder or a Hugging Face model. Raises
+    UserError."""
+    AutoencoderKL = autoencoder_class()
     try:
         vae = AutoencoderKL.from_pretrained(name)
     except (OSError, ValueError) as error:
