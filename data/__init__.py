@@ -6,6 +6,7 @@ to find out what it holds. One file of this package reads each kind:
     digits.py     drawn by the program, no file       idx.py      mnist, fashion-mnist and relatives
     cifar10.py    the published batches               folder.py   images, one sub-folder per class
     latents.py    native, fast-DiT, EDM2/REPA, MAR    encode.py   writes latents, with a VAE
+    small_vae.py  trains a VAE for encode.py          emoji.py    images to train it on
 
     name or folder --load--> Dataset --fetch(ids, rng)--> rows as stored --decode(rows, rng)--> x
         images:   rows uint8 (n, C, S, S), mirrored or not         x = rows / 127.5 - 1
