@@ -2,6 +2,7 @@
 
     python -m data.encode --images imagenet/train --out latents/ --vae stabilityai/sd-vae-ft-ema
 
+No VAE at hand, and no network? data/small_vae.py trains one on a laptop.
 --images has one sub-folder per class. The latents are the mean and the standard deviation of every
 image and of its mirror image, in float16: latents.npy (N, 2, 2C, s, s), with labels.npy and
 meta.json, which appear at the end. Rerun the same command to resume. Start it with torchrun, or
