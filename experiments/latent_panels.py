@@ -1,6 +1,7 @@
-"""Real images, the same images through the VAE, and samples of a latent model, side by side.
+r"""Real images, the same images through the VAE, and samples of a latent model, side by side.
 
-    python -m experiments.latent_panels runs/emoji/last.pt --images emoji/ --vae small-vae/
+    python -m experiments.latent_panels runs/emoji/last.pt --images emoji/ --vae small-vae/ \
+        --classes 1f600 1f900 1f400 1f680 1f500 1f300       a column each: assets/emoji-latents.png
 
 The middle panel shows what the VAE loses; no sample can be sharper than it. A VAE of data.small_vae
 was not trained on the images of the left panel. The model was trained on most of them, because
