@@ -19,7 +19,7 @@ import torch
 
 from common.cli import Parser, UserError, run_program
 from common.distributed import select_device, tune_device, wants_bf16
-from common.files import to_uint8, write_atomic, write_grid
+from common.files import output_folder, to_uint8, write_atomic, write_grid
 from common.sampling import (
     STEPS, add_sampling_options, class_names, load_sampler, sampling_options, show_classes)
 from data.encode import load_vae, vae_scale
@@ -201,11 +201,11 @@ def decoder(name, data, device):
 def parse_args(argv):
     p = Parser(prog="sample.py", description=__doc__.split("\n\n")[0])
     add_sampling_options(p)
-    p.add_argument("--out", type=Path, help="PNG (default: grid.png beside the checkpoint)")
+    p.add_argument("--out", type=Path, help="PNG (grid.png beside the checkpoint, or runs/NAME)")
     p.add_argument("--film", action="store_true", help="also film.png: x_t along the way")
     p.add_argument("--maps", action="store_true", help="also maps.png: compute per token")
     args = p.parse_args(argv)
-    args.out = args.out or args.checkpoint.parent / "grid.png"
+    args.out = args.out or output_folder(args.checkpoint) / "grid.png"
     others = [k for k in ("film", "maps") if vars(args)[k]]
     outputs = [args.out, *(args.out.with_name(f"{k}.png") for k in others)]
     for file, ending in [(o, ".png") for o in outputs] + ([(args.npz, ".npz")] if args.npz else []):

@@ -6,6 +6,8 @@
     data                        where the images or latents came from, and the names of the classes
     recipe                      the options that a resumed run must share with its beginning
 
+Files in assets/checkpoints hold the average alone, in fp16: after loading, model is the same.
+
     save_run, read_checkpoint, load_model, restore             ordinary use
     below the line "files from strangers"                      what is checked before use
 
@@ -333,7 +335,8 @@ DATA_TYPES = dict(source=str, names=list, latent=bool, latent_kind=(str, type(No
 
 
 def check_content(content, file):
-    """Check everything that later code relies on, in place; rename the fields of older configs.
+    """Check everything that later code relies on, in place; rename the fields of older configs, and
+    turn the weights of a file of experiments/ship.py into float32.
 
     The config is checked against the tensors on the meta device, which allocates nothing."""
     if not isinstance(content, dict) or content["format"] != FORMAT:
@@ -344,6 +347,8 @@ def check_content(content, file):
                 raise UserError(f"{k} is a {type(table[k]).__name__}")
     if content["name"] not in MODELS:
         raise UserError("unknown model")
+    if "model" not in content and "shards" not in content:      # of experiments/ship.py, in fp16
+        content["model"] = content["ema"] = {k: w.float() for k, w in content["ema"].items()}
     check_source(content["data"]["source"])
     scale, shift = content["data"].get("scale"), content["data"].get("shift", 0.0)
     if content.get("step", 0) < 0 or not (scale is None or 0 < scale <= 1e30) or not (

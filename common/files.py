@@ -12,6 +12,8 @@ from PIL import Image
 
 from common.cli import UserError
 
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
 
 def write_atomic(file, write):
     """Create or replace a file: write(f) fills a temporary file beside it, which is flushed to the
@@ -34,6 +36,13 @@ def write_atomic(file, write):
     finally:                                    # also after Ctrl-C
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def output_folder(checkpoint):
+    """-> where programs write what they draw from a checkpoint: into its folder, but for one of
+    assets/ into runs/NAME."""
+    shipped = ASSETS in checkpoint.resolve().parents
+    return Path("runs") / checkpoint.stem if shipped else checkpoint.parent
 
 
 def write_json(file, content):

@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw
 from common.checkpoint import load_model
 from common.cli import Parser, UserError, number, run_program
 from common.distributed import select_device
-from common.files import write_atomic, write_grid, write_json
+from common.files import output_folder, write_atomic, write_grid, write_json
 from ditmoe import moe_layers
 from sample import STEPS, RecordAux, sample_trajectory
 
@@ -154,7 +154,7 @@ def main(argv):
     steps = args.steps or STEPS[diffusion.solvers[0]]
     labels = torch.arange(max(model.cfg.classes, 1)).repeat(args.n)         # classes in turn
     found = sample_and_count(model, diffusion, labels, steps, args.cfg, args.seed)
-    write_results(args.out or args.checkpoint.parent / "experts", *found,
+    write_results(args.out or output_folder(args.checkpoint) / "experts", *found,
                   dict(images=len(labels), steps=steps, cfg=args.cfg, seed=args.seed))
 
 

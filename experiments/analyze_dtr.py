@@ -18,7 +18,7 @@ import data
 from common.checkpoint import load_model
 from common.cli import Parser, UserError, number, run_program
 from common.distributed import select_device
-from common.files import write_atomic, write_json
+from common.files import output_folder, write_atomic, write_json
 from diffusion import sample_noise
 from dtr import Config, random_masks, task_masks, window_starts
 
@@ -110,7 +110,7 @@ def main(argv):
         raise UserError(f"--out {args.out}: must end in .png")
     if not args.checkpoints:
         return draw_masks(args.out or Path("masks.png"))
-    out = args.out or args.checkpoints[0].parent / "cka.png"
+    out = args.out or output_folder(args.checkpoints[0]) / "cka.png"
     rows, report = compare(args, device)
     draw(out, rows, side=120)
     write_json(out.with_suffix(".json"), report)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from common.checkpoint import load_model
 from common.cli import Parser, UserError, run_program
 from common.distributed import select_device
-from common.files import write_grid
+from common.files import output_folder, write_grid
 from sample import maps
 
 
@@ -40,7 +40,7 @@ def main(argv):
     model, diffusion, checkpoint = load_model(args.checkpoint, device=select_device(args.device))
     if checkpoint["name"] != "dydit":
         raise UserError(f"{args.checkpoint} holds {checkpoint['name']}, not dydit")
-    out, classes = args.out or args.checkpoint.parent, max(model.cfg.classes, 1)
+    out, classes = args.out or output_folder(args.checkpoint), max(model.cfg.classes, 1)
     tables = width_schedule(model).repeat_interleave(3, dim=2)                  # rows 3 pixels high
     tables = F.pad(tables, (1, 1, 1, 0))                # a grey frame: the first row is white
     write_grid(out / "width_schedule.png", tables, columns=2, gap=4, zoom=2)

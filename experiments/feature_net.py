@@ -124,9 +124,7 @@ def save(net, images, test_accuracy, folder=None):
     content = dict(state=state, source=file.stem, channels=images.channels, size=images.size,
                    classes=images.classes, accuracy=test_accuracy)
     write_atomic(file, lambda f: torch.save(content, f))
-    sums = read_sums(folder) | {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
-    lines = "".join(f"{sums[k]}  {k}\n" for k in sorted(sums))
-    write_atomic(folder / "SHA256SUMS", lambda f: f.write(lines.encode()))
+    write_sum(file)
     return file
 
 
@@ -149,6 +147,13 @@ def read_sums(folder):
     file = folder / "SHA256SUMS"
     lines = file.read_text().splitlines() if file.exists() else []
     return {line.split()[1]: line.split()[0] for line in lines if len(line.split()) == 2}
+
+
+def write_sum(file):
+    """Put the checksum of a file into SHA256SUMS beside it."""
+    sums = read_sums(file.parent) | {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}
+    lines = "".join(f"{sums[k]}  {k}\n" for k in sorted(sums))
+    write_atomic(file.parent / "SHA256SUMS", lambda f: f.write(lines.encode()))
 
 
 def load(source, folder=None):
