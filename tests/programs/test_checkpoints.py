@@ -94,7 +94,7 @@ def test_the_command_of_a_log_gives_its_settings_and_steps(log, monkeypatch):
     head = json.loads(log.open().readline())
     args = train.parse_args(shlex.split(head["command"])[2:])
     dense = read_checkpoint(args.init) if args.init else None
-    diffusion, digits = make_diffusion(args, dense), data.load("digits", "train")
+    diffusion, digits = make_diffusion(args, dense), data.load("digits", "test")
     cfg = make_config(args, import_module(args.model), diffusion, digits, dense)
     assert dict(vars(cfg)) == head["config"] and args.model == head["name"]
     assert {k: vars(args)[k] for k in head["recipe"]} == head["recipe"]
