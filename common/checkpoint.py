@@ -348,7 +348,8 @@ def check_content(content, file):
     if content["name"] not in MODELS:
         raise UserError("unknown model")
     if "model" not in content and "shards" not in content:      # of experiments/ship.py, in fp16
-        content["model"] = content["ema"] = {k: w.float() for k, w in content["ema"].items()}
+        content["model"] = content["ema"] = {k: w.float() if w.dtype is torch.half else w
+                                             for k, w in content["ema"].items()}
     check_source(content["data"]["source"])
     scale, shift = content["data"].get("scale"), content["data"].get("shift", 0.0)
     if content.get("step", 0) < 0 or not (scale is None or 0 < scale <= 1e30) or not (

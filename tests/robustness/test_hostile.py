@@ -103,6 +103,8 @@ CONTENTS = {                                # a change of the contents, words of
     "sparse weights": (lambda c: both(c, lambda v: v.to_sparse()), UNFIT),
     "weights of no device": (lambda c: both(c, lambda v: v.to("meta")), UNFIT),
     "weights of bits": (lambda c: both(c, lambda v: v.bool()), UNFIT),
+    "bits, the average alone": (lambda c: {k: v for k, v in both(c, lambda v: v.bool()).items()
+                                           if k != "model"}, UNFIT),
     "complex weights": (lambda c: both(c, lambda v: v + 0j), UNFIT),
     "quantized weights": (lambda c: both(c, quantized), UNFIT),
     "repeated number": (lambda c: changed(changed(c, "config/dim", 1_000_000), "model", {
