@@ -131,6 +131,7 @@ def test_without_a_log_of_the_same_settings_the_nearest_command_is_named(tmp_pat
     write_model(tmp_path / "last.pt", "racedit")
     said = run_cli(compare_log, tmp_path, code=2)[1]
     assert "no stored log" in said and "python train.py --model racedit --tiny" in said
-    write_run(tmp_path / "run", 1.0)
+    write_run(tmp_path / "run", 1.0, last=50)
+    assert "no loss to compare" in run_cli(compare_log, tmp_path / "run", code=2)[1]
     (tmp_path / "run" / "metrics.jsonl").unlink()
     assert "cannot be read" in run_cli(compare_log, tmp_path / "run", code=2)[1]
