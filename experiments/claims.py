@@ -355,7 +355,7 @@ def ledger(results, from_scratch=None):
 
 
 # README has room for these; of the others it tells the verdict only.
-HEADLINES = ("R1", "R5", "R7", "R8", "M5", "M9", "Y1", "Y5", "Y9", "T1", "T2")
+HEADLINES = ("R5", "R7", "R8", "M5", "M9", "Y1", "Y5", "Y9", "T1", "T2")
 
 
 def short(results):
@@ -376,9 +376,11 @@ def short(results):
                          f"`python -m experiments.claims --run {c.id}`"))
     lines = table(["the paper says", "here", "command"], rows)
     tail = "; ".join(f"{k}: {', '.join(v)}" for k, v in rest.items() if v)
-    return [*lines, "", "R: Race-DiT, M: DiT-MoE, Y: DyDiT, T: DTR. \"Visible from\", and the "
-            "number after \"<\": the smallest difference that our seeds could have shown. Earlier "
-            f"recipe: 1,800 steps of AdamW. The other claims: {tail}."]
+    return [*lines, "", "Small models and minutes of training show whether the code does what a "
+            "paper describes, not which paper is right. R: Race-DiT, M: DiT-MoE, Y: DyDiT, T: DTR. "
+            "\"Visible from\", and the number after \"<\": the smallest difference that our seeds "
+            "could have shown. Earlier recipe: 1,800 steps of AdamW. The other claims: "
+            f"{tail}. Numbers, seeds and plots: [experiments/README.md](experiments/README.md)."]
 
 
 def earlier():
@@ -459,7 +461,7 @@ CAPTIONS = {
     "threshold": "Race-DiT: the loss with tau divided by that with the top-k of the batch (R5).",
     "norms": "What each block adds, with and without per-layer regularization (R6).",
     "alpha": "DiT-MoE: load entropy and loss over the weight of the balance loss (M5).",
-    "expert_maps": "DiT-MoE: favourite experts by position, use by step and class, seed 0 (M9).",
+    "expert_maps": "DiT-MoE, ditmoe-digits.pt: favourite experts by position, use by step (M9).",
     "bits": "DiT-MoE: what a choice says about position, step and class (M9).",
     "width_by_time": "DyDiT: active width and tokens over t (Y8).",
     "background": "DyDiT: AUC of a token's compute against foreground (Y9).",

@@ -2,10 +2,9 @@
 
     python -m experiments.figures                   all of them, into assets/
     python -m experiments.figures panels cka        only these
-    python -m experiments.figures --checkpoints runs    seed 0's maps from runs/MODEL/last.pt
 
-Numbers come from experiments/results/runs/*.json, maps from the checkpoints of seed 0 in
-runs/claims/ (or --checkpoints, by model). What is missing is left out, with one line that names it.
+Numbers come from experiments/results/runs/*.json, maps from the small models in assets/checkpoints.
+What has not been measured yet is left out, with one line that names it.
 A line is the mean over seeds and its band is one standard deviation. One palette (Okabe and Ito's,
 which colour-blind readers can tell apart): black is the dense DiT, a colour is always the same arm.
 Needs matplotlib, which is not in requirements.txt.
@@ -52,7 +51,7 @@ def plt():
 
 
 class Missing(Exception):
-    """Nothing to draw: no result, or no checkpoint."""
+    """Nothing to draw: no result."""
 
 
 def save(fig, name, out):
@@ -70,15 +69,9 @@ def results(arm, need="loss"):
     return found
 
 
-def checkpoint(arm, args):
-    """-> model, diffusion of seed 0. Raises Missing."""
-    folders = [runs.CHECKPOINTS / Run(arm, 0).name]
-    if args.checkpoints:
-        folders = [args.checkpoints / arm.model, args.checkpoints / f"{arm.model}-rf"]
-    for folder in folders:
-        if (folder / "last.pt").exists():
-            return load_model(folder / "last.pt")[:2]
-    raise Missing(f"no checkpoint in {' or '.join(map(str, folders))}")
+def shipped(name):
+    """-> model, diffusion of assets/checkpoints/NAME-digits.pt."""
+    return load_model(runs.ROOT / f"assets/checkpoints/{name}-digits.pt")[:2]
 
 
 def some(items, draw):
@@ -141,7 +134,7 @@ def compute_map(model, diffusion, labels, key="map", at=0.3):
     return x[:, 0].numpy(), spent.unflatten(1, (side, side)).numpy()
 
 
-def panel_dtr(fig, where, args):
+def panel_dtr(fig, where):
     ax = fig.add_subplot(where)
     task = torch.linspace(0, DTR_TINY.tasks - 1, 200).long()
     read = task_masks(DTR_TINY, window_starts(DTR_TINY), task)[0, :, 0]         # (200, D)
@@ -151,9 +144,9 @@ def panel_dtr(fig, where, args):
     name_axes(ax, "channel", TIME, "DTR: channels that are read (dark)")
 
 
-def panel_ditmoe(fig, where, args):
+def panel_ditmoe(fig, where):
     ax = fig.add_subplot(where)
-    model, diffusion = checkpoint(claims.MOE, args)
+    model, diffusion = shipped("ditmoe")
     favourite = favourite_experts(model, diffusion)[model.cfg.depth // 2]
     show_experts(ax, favourite, model.cfg.experts)
     name_axes(ax, "column of patches", "row of patches", "DiT-MoE: favourite expert by position")
@@ -168,11 +161,11 @@ def show_experts(ax, favourite, experts):
     ax.set(xticks=[], yticks=[])
 
 
-def panel_tokens(arm, key, title):
+def panel_tokens(name, key, title):
     """Two samples, and below each what its tokens got."""
-    def draw(fig, where, args):
+    def draw(fig, where):
         ax = fig.add_subplot(where)
-        model, diffusion = checkpoint(arm, args)
+        model, diffusion = shipped(name)
         images, tokens = compute_map(model, diffusion, torch.tensor([7, 9]), key)
         for i in range(2):
             ax.imshow(images[i], cmap="gray", vmin=-1, vmax=1, extent=(i, i + 1, 1, 2))
@@ -188,10 +181,10 @@ def panel_tokens(arm, key, title):
 def panels(args):
     fig = plt().figure(figsize=(20, 5.4))
     draw = [panel_dtr, panel_ditmoe,
-            panel_tokens(claims.RACE, "map", "Race-DiT: experts per token"),
-            panel_tokens(claims.HALF, "tokens", "DyDiT: share of MLPs that run")]
-    spaces = fig.add_gridspec(1, 4)
-    some([(f, where) for f, where in zip(draw, spaces)], lambda f, where: f(fig, where, args))
+            panel_tokens("racedit", "map", "Race-DiT: experts per token"),
+            panel_tokens("dydit", "tokens", "DyDiT: share of MLPs that run")]
+    for f, where in zip(draw, fig.add_gridspec(1, 4)):
+        f(fig, where)
     save(fig, "panels", args.out)
 
 
@@ -308,7 +301,7 @@ def alpha(args):
 @torch.no_grad()
 def expert_maps(args):
     """The favourite expert by position in all layers; one layer's use by step and by class."""
-    model, diffusion = checkpoint(claims.MOE, args)
+    model, diffusion = shipped("ditmoe")
     counts = sample_and_count(model, diffusion, torch.arange(10).repeat(8), steps=25)[0]
     n, M = model.cfg.size // model.cfg.patch, counts.position_step.shape[1]
     fig, rows = plt().subplots(3, M, figsize=(3.1 * M, 9.6))
@@ -360,14 +353,10 @@ def width_by_time(args):
     some(arms, draw)
     name_axes(both[0], TIME, "active share", "DyDiT, claim Y8")
     both[0].legend(title=SEEDS)
-    try:
-        model, _ = checkpoint(claims.HALF, args)
-        both[1].imshow(width_schedule(model)[0, 0], aspect="auto", interpolation="nearest",
-                       extent=(0, 1, model.cfg.depth, 0))
-        name_axes(both[1], TIME, "block", "active heads (light), seed 0")
-    except Missing as missing:
-        both[1].set_axis_off()
-        print(f"left out: {missing}")
+    model, _ = shipped("dydit")
+    both[1].imshow(width_schedule(model)[0, 0], aspect="auto", interpolation="nearest",
+                   extent=(0, 1, model.cfg.depth, 0))
+    name_axes(both[1], TIME, "block", "active heads (light), dydit-digits.pt")
     save(fig, "width_by_time", args.out)
 
 
@@ -459,7 +448,6 @@ def main(argv):
     p.add_argument("names", nargs="*", metavar="figure",
                    help=f"of {', '.join(FIGURES)}; default: all")
     p.add_argument("--out", type=Path, default=runs.ROOT / "assets")
-    p.add_argument("--checkpoints", type=Path, help="folder with MODEL/last.pt, for the maps")
     args = p.parse_args(argv)
     for name in args.names:
         if name not in FIGURES:
