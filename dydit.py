@@ -202,9 +202,9 @@ def loss(diffusion, model, x0, y, step, rng):
 
 
 def global_mean(v):
-    """The mean of v over all processes, with the gradient of this process's v. The target is for
-    the mean over all images. If each process had its own (mean - target)^2, it would be punished
-    for images at easy times, which are meant to cost less."""
+    """The mean of v over all processes, with the gradient of this process's v; DDP then averages
+    the gradients. The target is for the mean over all images. If each process had its own (mean -
+    target)^2, it would be punished for images at easy times, which are meant to cost less."""
     total, world_size = v.detach().clone(), dist.get_world_size() if dist.is_initialized() else 1
     if world_size > 1:
         dist.all_reduce(total)
@@ -373,10 +373,10 @@ class DyDiT(nn.Module):
         sampling 0.5 stays and means no noise."""
         cfg, shape = self.cfg, (len(t), self.cfg.depth, 2 * self.cfg.heads)
         if cfg.route == "random" and not full_model:
-            return random_masks(t, cfg)
+            return random_masks(t, cfg)                 # 0 or 1: every switch is forced
         # route "tokens" forces all heads and groups on, route "width" forces all tokens on
-        width, tokens = [1.0 if full_model or cfg.route == r else 0.5 for r in ("tokens", "width")]
-        return F.pad(t.new_full(shape, width), (0, self.pos_embed.shape[1]), value=tokens)
+        u = lambda route: 1.0 if full_model or cfg.route == route else 0.5
+        return F.pad(t.new_full(shape, u("tokens")), (0, self.pos_embed.shape[1]), value=u("width"))
 
     def width_masks(self, emb, u):
         """E_t (B, D), u (B, N, 2H + L) -> the heads and the groups of all blocks, 2 x (B, N, H)."""
@@ -390,6 +390,7 @@ class DyDiT(nn.Module):
 
         The CPU reads the numbers of active units from the GPU in one copy."""
         width = torch.cat([heads, groups], dim=1)                               # (B, 2N, H)
+        # One list of floats: are all images alike, then the 2N counts of the first image.
         same, *counts = torch.cat([(width == width[:1]).all()[None], width[0].sum(-1)]).tolist()
         order = width[0].argsort(dim=-1, descending=True, stable=True)          # active ones first
         units = [None if n == len(row) else row[: int(n)] for n, row in zip(counts, order)]
@@ -430,7 +431,8 @@ def sort_by_magnitude(model):
 
 
 def from_dense(state, cfg):
-    """Called by train.py --init: a trained DiT's state dict, sorted -> DyDiT, every switch on.
+    """Called by train.py --init: a trained DiT's state dict -> DyDiT with heads and channels sorted
+    by magnitude and every switch on.
 
     ValueError if the keys are not those of a dense DiT."""
     model = DyDiT(cfg)

@@ -60,7 +60,7 @@ reaches r and what lies below it.
 What the losses say: the classic balance loss multiplies the load of each expert by its mean
 probability. It does not see pairs of experts, L_sim does:
                                                                       balance    L_sim
-    all logits equal, some token with two winners                     1          1
+    all logits equal, some token with two winners (else see below)    1          1
     the same k > 1 experts win every token, probability 1/k each      E/k        (E/k)^2
     2 of 8 experts: all 28 pairs win equally often                    1.0        1.0
     2 of 8 experts: only the twins 01, 23, 45, 67 win, evenly         1.0        3.6
@@ -177,7 +177,7 @@ def similarity_loss(logits, assigned):
 
     logits, assigned (T, E), assigned is 0 or 1 -> scalar. The docstring above tells its extremes.
     W counts winners and is a constant: gradient flows through the softmax only. Its diagonal has
-    mean 1, the rest, too. linear_fp32(a, b) is a b^T in float32."""
+    mean 1; so has the rest, if some token won two. linear_fp32(a, b) is a b^T in float32."""
     (T, E), probs = logits.shape, logits.softmax(-1)                            # (g)
     shared = gather_processes(linear_fp32(assigned.mT, assigned.mT)[None]).sum(0)   # (E, E)  (h)
     load, both = shared.diagonal().diag(), shared.tril(-1) + shared.triu(1)     # i = j; i != j
@@ -250,7 +250,8 @@ class MoE(nn.Module):
 
     def compete(self, gates):
         """Training: the top-K. Sampling, for the routes where images would compete: all pairs that
-        reach tau, perhaps none. As long as tau is nan (an untrained model), the top-K decides."""
+        reach tau, perhaps none. No pair reaches a tau of nan (an untrained model): then the top-K
+        decides."""
         if not self.training and len(self.tau):
             winners = select_by_threshold(gates, self.tau.to(gates.dtype), self.cfg.route)  # (R,)
             if len(winners) or not self.tau.isnan().any():
@@ -284,9 +285,9 @@ class RaceDiT(nn.Module):
     """x (B, C, S, S), t (B,) in [0, 1], y (B,) int in 0..classes -> prediction, aux.
 
     prediction (B, C, S, S), or (B, 2C, S, S) with learn_sigma. aux: "map" (N, B, L) experts per
-    token, "load" (N, E) tokens per expert; in training also "sim_loss" (sim * N if even, see the
-    docstring above), "balance_loss" (balance * N if even), which train.py adds to the diffusion
-    loss, "target_prediction" (N, B, C, S, S) for loss(), and "kth_score_stat" (N, groups)."""
+    token, "load" (N, E) tokens per expert. In training also "sim_loss" and "balance_loss", which
+    train.py adds to the diffusion loss (with even use their values are sim * N and balance * N),
+    "target_prediction" (N, B, C, S, S) for loss(), and "kth_score_stat" (N, groups)."""
 
     def __init__(self, cfg):
         super().__init__()
