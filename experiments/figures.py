@@ -322,7 +322,7 @@ def expert_maps(args):
 
 
 def bits(args):
-    fig, ax = axes(width=7.5)
+    fig, ax = axes(width=7.5, height=5.4)
     arms = [(moe(), "-", "Fashion-MNIST"), (moe(data="digits"), "--", "digits")]
     colours = dict(position=BLUE, step=ORANGE, **{"class": PINK})
 
@@ -334,8 +334,8 @@ def bits(args):
             band(ax, range(len(rows[0])), rows, colour, f"{what}, {label}", style)
     some(arms, draw)
     name_axes(ax, "layer", "bits about the expert, beyond chance", "DiT-MoE, claim M9")
-    ax.set_yscale("symlog", linthresh=0.01)
-    ax.legend(title=SEEDS, ncols=2)
+    ax.set_ylim(bottom=0)
+    fig.legend(*ax.get_legend_handles_labels(), title=SEEDS, ncols=2, loc="outside lower center")
     save(fig, "bits", args.out)
 
 
