@@ -5,7 +5,7 @@
     data x0 <---- x_t <---- x_t <---- x_t <--------- noise e     sampling: step back from t = 1 to 0
 
 Time is t in [0, 1] everywhere: 0 is data, 1 is noise. DDPM's step n of 0..999 is t = n/1000; its
-step 0 has a little noise (abar = 0.9999).
+step 0 has a little noise (abar is 0.9999 or more).
 Codebases that count the other way (t = 1 is data): SiT, lightning-DiT, torchcfm.
 
              x_t                                the network predicts
@@ -126,10 +126,11 @@ class DDPM(nn.Module):
     """A thousand noise levels; the network predicts the noise, and may learn the reverse variance.
 
     predict: "eps", the noise (DiT), or "v" = sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans & Ho
-    2202.00512). Both contain an estimate of x0. Its squared error is multiplied by SNR = abar /
-    (1 - abar) in the loss of eps, and by 1 + SNR in the loss of v. At the highest noise SNR is
-    1e-4, so that eps learns nothing about x0 there, but it is there that the network decides what
-    an image of the class looks like. So the tiny recipe predicts v.
+    2202.00512). From each follows an estimate of x0. With SNR = abar / (1 - abar), the squared
+    error of eps is SNR times that of x0, and the squared error of v is 1 + SNR times that of x0. At
+    the highest noise SNR is 4e-5 (linear) or 2e-9 (cosine), so that eps learns nothing about x0
+    there, but it is there that the network decides what an image of the class looks like. So the
+    tiny recipe predicts v.
     schedule: linear (DiT) or cosine (IDDPM). weighting of the squared error at each step: none,
     min-snr (gamma: 5), p2 (gamma: 1) or ant-uw (clusters: 8; its weights are learned)."""
 
@@ -237,7 +238,8 @@ class DDPM(nn.Module):
         if o["weighting"] == "ant-uw":          # uncertainty weighting: L / (2 var) + log(var) / 2
             k = o["clusters"]
             s = self.log_var[((self.step(t) + 1) * k - 1) // self.T]    # (B,)
-            # A cluster has 1/k of the images, hence k s. Minimal at s = log(its mean loss / k).
+            # s is log(var). The sum of s over k clusters is the mean over images of k s, because 1/k
+            # of them lies in each cluster. Minimal at s = log(mean loss of the cluster / k).
             return ((mse + vlb) * torch.exp(-s) + k * s) / 2
         return mse + vlb
 

@@ -9,8 +9,8 @@ without a new parameter? (adaLN already scales channels by t, but lets every tas
 2. From data to noise the window slides from the first channels to the last. Neighbouring tasks read
    nearly the same channels, because neighbouring noise levels are similar ("task affinity").
 3. The start of the window grows as t^alpha. With alpha = 4 it hardly moves near the data and moves
-   fast near the noise: noisy tasks share fewer channels with their neighbours ("task weights": they
-   should have more channels of their own).
+   fast near the noise: noisy tasks share fewer channels with their neighbours (the paper's "task
+   weights": more channels that the neighbours do not read).
 4. The mask limits what a block READS. The residual stream x itself is not masked, and what a block
    WRITES is added to all channels, to the closed ones, too, so that other tasks can read it.
 5. DTR adds no parameter and no loss, and hardly any time. With beta = 1 it is DiT.

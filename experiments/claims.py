@@ -165,7 +165,7 @@ CLAIMS = [
     Claim("M9", "experts are chosen by position and step, hardly by class", "Figs. 5-7", "0", 3,
           tuple(Contrast(f"bits about {q}", moe(data=d), expect="more")
                 for d in ("fashion-mnist", "digits") for q in ("position", "step"))
-          + tuple(Contrast("bits, step - class", moe(data=d), expect="more")
+          + tuple(Contrast("bits about step, minus class", moe(data=d), expect="more")
                   for d in ("fashion-mnist", "digits"))
           + tuple(Contrast("bits about class", moe(data=d), expect="more", shown=True)
                   for d in ("fashion-mnist", "digits")),

@@ -96,7 +96,7 @@ QUANTITIES = {q.name: q for q in [
     Quantity("bits about position", "experts", layers("experts", "position"), False, "bit"),
     Quantity("bits about step", "experts", layers("experts", "step"), False, "bit"),
     Quantity("bits about class", "experts", layers("experts", "class"), False, "bit"),
-    Quantity("bits, step - class", "experts", lambda r: layers("experts", "step")(r)
+    Quantity("bits about step, minus class", "experts", lambda r: layers("experts", "step")(r)
              - layers("experts", "class")(r), False, "bit"),
     Quantity("width, clean - noisy", "schedule",
              lambda r: 100 * thirds(r["schedule"]["width"]), False, "points"),
