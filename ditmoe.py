@@ -10,8 +10,8 @@ The question: can a DiT get many more parameters without paying for all of them 
 3. Shared experts run for every token, with weight 1. They can learn what all tokens need, so that
    the routed experts need not all learn it again.
 4. Balance loss: without it a router may send most tokens to a few experts, while the others learn
-   nothing. The loss makes an expert less probable if it is chosen more often than the others that
-   the token finds probable.
+   nothing. The loss makes an expert less probable for a token if it is chosen more often than the
+   token's other likely experts.
 5. Experts have no capacity limit and no token is dropped: an image does not depend on its batch.
 
     token t1 -+- router, softmax --- [.1 .5 .1 .3] - top 2 - .5 F2(t1) + .3 F4(t1) -(+)- y1
@@ -152,16 +152,17 @@ def top_k_gating(probs, k, renormalize=False):
 
 
 def balance_loss(probs, chosen, scope="batch"):
-    """sum_e f_e p_e (Eq. 5): 1 if the counts are even, E / k at most; it may fall a little below 1.
+    """sum_e f_e p_e (Eq. 5): 1 if the counts are even, E / k at most. 1 is not the minimum: it is
+    0.57 for E = 8, k = 2, if all second choices are the same improbable expert.
 
     probs (B, L, E), chosen (B, L, k) -> loss, and the share of all pairs that each expert got (E,).
-    Counts must be summed over processes. p stays local: the loss is linear in p, so the mean of the
-    gradients, which DDP takes, is the gradient for the mean p."""
+    With scope "batch" the counts are those of all processes, because they multiply p. p is that of
+    this process: the loss is linear in p, so DDP's mean of gradients is the gradient of mean p."""
     assigned = torch.zeros_like(probs).scatter(2, chosen, 1.0)                  # (B, L, E)
     count, p = assigned.sum(1), probs.mean(1)                                   # (B, E) each
     if scope == "batch":
         count, p = count.sum(0, keepdim=True), p.mean(0, keepdim=True)          # (1, E) each  (e)
-        if torch.is_grad_enabled():             # a process that samples alone would wait
+        if torch.is_grad_enabled():             # else all_gather may wait for ever
             count = gather_processes(count).sum(0, keepdim=True)
     share = count / count.sum(1, keepdim=True)                                  # (B or 1, E)
     f = probs.shape[2] * share                          # E n_e / (k T): 1 is a fair share  (e)
@@ -416,7 +417,8 @@ def grouped_linear(z, w, b, ends, expert):
 
 
 def xavier(*matrices):
-    """Xavier for each matrix by itself; given a stack (E, in, out) it would take E for a width."""
+    """Xavier's initialisation, matrix by matrix: in a stack (E, in, out) it would take E for a
+    width."""
     for w in matrices:
         nn.init.xavier_uniform_(w)
 

@@ -436,7 +436,8 @@ def grouped_linear(z, w, b, ends, expert):
 
 
 def xavier(*matrices):
-    """Xavier for each matrix by itself; given a stack (E, in, out) it would take E for a width."""
+    """Xavier's initialisation, matrix by matrix: in a stack (E, in, out) it would take E for a
+    width."""
     for w in matrices:
         nn.init.xavier_uniform_(w)
 

@@ -210,6 +210,15 @@ def test_the_balance_loss_is_1_if_counts_are_even_and_e_over_k_only_if_probabili
         assert value == pytest.approx(loss, abs=0.005) and share == [0, 0, 0, 0.5, 0, 0.5, 0, 0]
 
 
+def test_the_balance_loss_falls_below_1_if_all_second_choices_are_one_improbable_expert():
+    probs = torch.full((1, 700, 8), 1e-6)
+    probs[0, torch.arange(700), torch.arange(700) % 7 + 1] = 1.0        # evenly: experts 1 to 7
+    probs[:, :, 0] = 1e-5                                               # second choice: expert 0
+    probs = probs / probs.sum(-1, keepdim=True)
+    loss, load = ditmoe.balance_loss(probs, ditmoe.top_k_gating(probs, 2)[1])
+    assert load[0] == pytest.approx(0.5) and loss.item() == pytest.approx(8 / 14, abs=1e-3)
+
+
 def test_experts_in_balance_over_the_batch_need_not_be_so_in_each_image():
     probs = torch.cat([winning([0, 1], 4), winning([2, 3], 4)])
     assert balance(probs)[0] == pytest.approx(1)
