@@ -238,8 +238,8 @@ class DDPM(nn.Module):
         if o["weighting"] == "ant-uw":          # uncertainty weighting: L / (2 var) + log(var) / 2
             k = o["clusters"]
             s = self.log_var[((self.step(t) + 1) * k - 1) // self.T]    # (B,)
-            # s is log(var). The sum of s over k clusters is the mean of k s over images: 1/k of them
-            # lies in each cluster. Minimal at s = log(mean loss of the cluster / k).
+            # s is log(var). The sum of s over k clusters is the mean of k s over images, of which
+            # 1/k lies in each cluster. Minimal at s = log(mean loss of the cluster / k).
             return ((mse + vlb) * torch.exp(-s) + k * s) / 2
         return mse + vlb
 
