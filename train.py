@@ -273,7 +273,7 @@ def save_and_show(run, fetch, progress, ok, halt):
 def set_up(args):
     """Read, check and build everything -> the run, a namespace of what main() needs."""
     rank, world_size, device = init_distributed(args.device)
-    tune_device(device, training=True, deterministic=args.deterministic)
+    tune_device(device, deterministic=args.deterministic)
     module = importlib.import_module(args.model)
     previous = ckpt.detect_previous_run(args, rank, world_size)
     saved, dense, diffusion, data, cfg = on_all_ranks(

@@ -114,11 +114,12 @@ def wants_bf16(amp, device):
     return device.type == "cpu" and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def tune_device(device, training=False, deterministic=False):
-    """TF32 on GPUs that have it; on a CPU see tune_malloc(). Training uses one thread where there
-    are two cores: the many small products of experts were measured to be 1.3 times as fast. On some
-    machines two are faster: OMP_NUM_THREADS=2. A trial at the start could choose, but then another
-    program that runs at that moment would change the last digits of a training.
+def tune_device(device, deterministic=False):
+    """TF32 on GPUs that have it; on a CPU see tune_malloc(). Where there are two cores, one thread:
+    the many small products of experts were measured to be 1.3 times as fast, and two threads wait
+    for each other when another program runs. On some machines two are faster: OMP_NUM_THREADS=2. A
+    trial at the start could choose, but then another program that runs at that moment would change
+    the last digits of a training.
 
     deterministic: the same bits in each run on a GPU, too, by kernels without atomic additions."""
     torch.set_float32_matmul_precision("high")
@@ -127,7 +128,7 @@ def tune_device(device, training=False, deterministic=False):
         torch.use_deterministic_algorithms(True)
     if device.type == "cpu":
         tune_malloc()
-        if training and (os.cpu_count() or 1) <= 2 and "OMP_NUM_THREADS" not in os.environ:
+        if (os.cpu_count() or 1) <= 2 and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(1)
 
 

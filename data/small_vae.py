@@ -90,7 +90,7 @@ def main(argv):
     parser.add_argument("--device", help="default: cuda, mps or cpu, the first that is there")
     args = parser.parse_args(argv)
     device, vae_class = select_device(args.device), autoencoder_class()
-    tune_device(device, training=True)
+    tune_device(device)
     if args.out.exists():
         raise UserError(f"{args.out}: is already there; choose another --out")
     draw_images(args.images)                                # unless the folder is there

@@ -327,7 +327,7 @@ def test_the_flops_that_a_study_reports_are_the_mean_over_all_times():
 
 
 @pytest.mark.parametrize("cores, told, threads", [(2, None, 1), (2, "2", 2), (8, None, 2)])
-def test_two_cores_train_with_one_thread_unless_told_otherwise(monkeypatch, cores, told, threads):
+def test_two_cores_get_one_thread_unless_told_otherwise(monkeypatch, cores, told, threads):
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if told:
@@ -335,7 +335,7 @@ def test_two_cores_train_with_one_thread_unless_told_otherwise(monkeypatch, core
     before = torch.get_num_threads()
     torch.set_num_threads(2)                            # as torch would start there
     try:
-        tune_device(torch.device("cpu"), training=True)
+        tune_device(torch.device("cpu"))
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
