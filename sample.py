@@ -147,9 +147,9 @@ def write_sheet(file, model, diffusion, seed, drop, amp):
 def film(file, model, diffusion, labels, decode, frames=10, **options):
     """One row per image: x_t from noise (left) to data (right)."""
     seen = [x.cpu() for _, x, _ in sample_trajectory(model, diffusion, labels, **options)]
-    shown = [round(i * (len(seen) - 1) / (frames - 1)) for i in range(frames)]
+    shown = torch.linspace(0, len(seen) - 1, min(frames, len(seen))).round().int().tolist()
     strip = torch.stack([decode(seen[i]) for i in shown], dim=1)              # (n, frames, C, H, W)
-    write_grid(file, strip.flatten(0, 1).clamp(-1, 1), columns=frames)
+    write_grid(file, strip.flatten(0, 1).clamp(-1, 1), columns=len(shown))
 
 
 @torch.no_grad()
@@ -159,7 +159,7 @@ def maps(file, model, diffusion, labels, decode, frames=6, **options):
     record = RecordAux(model, {"map": 1})
     seen = [x.cpu() for _, x, _ in sample_trajectory(record, diffusion, labels, **options)]
     calls = len(record.calls) // len(seen)              # heun calls the model twice per step
-    shown = [round(i * (len(seen) - 1) / (frames - 1)) for i in range(frames)]
+    shown = torch.linspace(0, len(seen) - 1, min(frames, len(seen))).round().int().tolist()
     side = model.cfg.size // model.cfg.patch
     spent = torch.stack([record.calls[i * calls][1]["map"].float().mean(0) for i in shown])
     low, high = spent.min(), spent.max()                                      # spent (frames, n, L)
@@ -170,7 +170,7 @@ def maps(file, model, diffusion, labels, decode, frames=6, **options):
         zoom = images.shape[-1] // side
         shade = heat[:, n, None].repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
         rows += [images, shade.expand(-1, images.shape[1], -1, -1)]
-    write_grid(file, torch.cat(rows), columns=frames)
+    write_grid(file, torch.cat(rows), columns=len(shown))
     for frame, i in enumerate(shown):
         print(f"t {record.calls[i * calls][0]:.2f}  compute per token {spent[frame].mean():.3f}")
     print(f"black {low:.2f}, white {high:.2f}")

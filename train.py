@@ -321,9 +321,10 @@ def open_data(args, before, moved=False):
 
 def dry_run(args):
     """Count parameters and multiply-accumulates without allocating the model."""
-    module, diffusion = importlib.import_module(args.model), make_diffusion(args, None)
-    data = open_data(args, None) if args.data else None
-    cfg = make_config(args, module, diffusion, data, None)
+    module = importlib.import_module(args.model)
+    dense = ckpt.read_checkpoint(args.init, with_weights=False) if args.init else None
+    data = open_data(args, dense) if args.data or dense else None
+    cfg = make_config(args, module, make_diffusion(args, dense), data, dense)
     with torch.device("meta"):
         print("\n".join(count(module, module.Model(cfg))))
 

@@ -85,7 +85,8 @@ class Progress:
         self.say("\n" if sys.stdout.isatty() else "", end="")
         self.say(f"stopped and saved; rerun the same command with --resume to continue from {last}"
                  if halted else f"saved {last} after {clock(time.time() - self.began)}; "
-                                f"now: python sample.py {last}")
+                                f"now: python sample.py {last}"
+                                + " --vae THE_VAE_OF_THE_LATENTS" * self.run.data.latent)
         if self.run.world_size > 1:
             dist.barrier()
         return 130 if halted else 0

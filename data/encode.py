@@ -44,6 +44,8 @@ def load_vae(name, device="cpu"):
     vae.config.scaling_factor and .shift_factor. name: a folder or a Hugging Face model. Raises
     UserError."""
     AutoencoderKL = autoencoder_class()
+    if str(name).startswith((".", "/", "~")) and not Path(name).exists():
+        raise UserError(f"{name}: no such folder")
     try:
         vae = AutoencoderKL.from_pretrained(name)
     except (OSError, ValueError) as error:

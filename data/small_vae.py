@@ -91,8 +91,9 @@ def main(argv):
     args = parser.parse_args(argv)
     device, vae_class = select_device(args.device), autoencoder_class()
     tune_device(device)
-    if args.out.exists():
+    if args.out.is_file() or args.out.is_dir() and any(args.out.iterdir()):
         raise UserError(f"{args.out}: is already there; choose another --out")
+    args.out.mkdir(parents=True, exist_ok=True)             # fails now, not after the training
     draw_images(args.images)                                # unless the folder is there
     images, held_out = (load(args.images, split, size=64) for split in ("train", "test"))
     torch.manual_seed(args.seed)

@@ -66,7 +66,7 @@ def compare(args, device):
         if ((c.size, c.channels) != (held_out.size, held_out.channels)
                 or c.classes not in (0, held_out.classes)):
             raise UserError(f"{file} was not trained on images like {held_out.source}")
-        ids = torch.linspace(0, len(held_out) - 1, args.n).long()
+        ids = torch.linspace(0, len(held_out) - 1, min(args.n, len(held_out))).long()
         x0, y = held_out.batch(ids)
         noise = sample_noise(args.seed, ids.tolist(), x0.shape[1:])
         y = y.clamp(max=c.classes)                      # classes 0: all are "no class"
@@ -101,7 +101,7 @@ def main(argv):
                description="Draws the masks or, of checkpoints, CKA across time.")
     p.add_argument("checkpoints", nargs="*", type=Path, help="of train.py: dtr, dit")
     p.add_argument("--out", type=Path, help="PNG (default: masks.png; cka.png beside the first)")
-    p.add_argument("--n", type=number(int, 1, 10**5), default=32, help="images")
+    p.add_argument("--n", type=number(int, 1, 1000), default=32, help="images, at most")
     p.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=0)
     p.add_argument("--device", help="cuda, mps or cpu (default: the first there is)")
     args = p.parse_args(argv)

@@ -45,6 +45,7 @@ def measure(model, diffusion, held_out, n=200, times=10):
 
     hooks = [b.moe.experts.register_forward_pre_hook(lambda m, inputs, i=i: count(i, inputs))
              for i, b in enumerate(model.blocks)]
+    n = min(n, len(held_out))
     x0, y = held_out.batch(torch.linspace(0, len(held_out) - 1, n).long())
     noise, per_token = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0)), []
     for i in range(times):
@@ -59,7 +60,7 @@ def measure(model, diffusion, held_out, n=200, times=10):
 def main(argv):
     p = Parser(prog="analyze_racedit.py", description="Experts per token by time, and balance.")
     p.add_argument("checkpoint", type=Path)
-    p.add_argument("--n", type=number(int, 1, 10**6), default=200, help="held-out images")
+    p.add_argument("--n", type=number(int, 1, 5000), default=200, help="held-out images, at most")
     p.add_argument("--json", type=Path)
     args = p.parse_args(argv)
     if args.json and args.json.suffix != ".json":

@@ -63,6 +63,8 @@ def main(argv):
     p = Parser(prog="compare_log.py", description="Compare a run's losses with a stored log.")
     p.add_argument("run", type=Path, help="a folder of train.py")
     args = p.parse_args(argv)
+    if not args.run.is_dir():
+        raise UserError(f"{args.run}: give the folder of a run")
     ours = settings(read_checkpoint(args.run / "last.pt", with_weights=False))
     heads = {file: json.loads(file.read_text().splitlines()[0])
              for file in sorted((ASSETS / "checkpoints").glob("*.jsonl"))}

@@ -20,7 +20,7 @@ import torch
 import data
 import dtr
 from common.checkpoint import load_model
-from common.cli import Parser, run_program
+from common.cli import Parser, UserError, run_program
 from common.files import write_json
 from experiments.runs import ROOT, TENTHS
 
@@ -109,8 +109,10 @@ def main(argv):
     p.add_argument("--checkpoints", type=Path, default=ROOT / "assets/checkpoints")
     p.add_argument("--out", type=Path, default=ROOT / "experiments/results/maps.json")
     args = p.parse_args(argv)
-    result = dict(dtr=windows())
-    for name, draw in dict(racedit=race, ditmoe=moe, dydit=switches).items():
+    result, draws = dict(dtr=windows()), dict(racedit=race, ditmoe=moe, dydit=switches)
+    if not any((args.checkpoints / f"{name}-digits.pt").exists() for name in draws):
+        raise UserError(f"{args.checkpoints}: holds none of {', '.join(draws)}-digits.pt")
+    for name, draw in draws.items():
         file = args.checkpoints / f"{name}-digits.pt"
         if file.exists():
             tiles, curves, text = draw(*run_model(file))

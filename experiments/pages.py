@@ -197,4 +197,4 @@ def write(folder):
 
 
 if __name__ == "__main__":
-    sys.exit(write(ROOT / "docs"))
+    sys.exit(__doc__ if sys.argv[1:] else write(ROOT / "docs"))

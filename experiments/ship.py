@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from common.checkpoint import read_checkpoint, write_checkpoint
-from common.cli import Parser, run_program
+from common.cli import Parser, UserError, run_program
 from common.files import write_atomic
 from experiments.compare_log import read_log
 from experiments.feature_net import write_sum
@@ -27,14 +27,17 @@ def main(argv):
     p.add_argument("--log-only", action="store_true")
     args = p.parse_args(argv)
     content, log = read_checkpoint(args.run / "last.pt"), read_log(args.run / "metrics.jsonl")
-    head = {k: content[k] for k in ("format", "name", "config", "step", "data", "recipe")}
+    if not log:
+        raise UserError(f"{args.run / 'metrics.jsonl'}: holds no loss")
+    head = {k: content[k] for k in ("format", "name", "config", "step", "data", "recipe")
+            if k in content}
     head["path"] = {k: content["path"][k] for k in ("kind", "options")}
     lines = [head | dict(command=args.command), *(dict(step=s, loss=round(v, 5))
                                                   for s, v in log.items())]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    write_atomic(args.name.with_suffix(".jsonl"), lambda f: f.write(text.encode()))
+    write_atomic(Path(f"{args.name}.jsonl"), lambda f: f.write(text.encode()))
     if not args.log_only:
-        file = args.name.with_suffix(".pt")
+        file = Path(f"{args.name}.pt")
         write_checkpoint(file, head | dict(
             ema={k: w.half() if w.ndim > 1 else w for k, w in content["ema"].items()}))
         write_sum(file)

@@ -16,7 +16,7 @@ import train
 from common.checkpoint import MODELS, load_model, read_checkpoint
 from common.config import make_config, make_diffusion
 from experiments import (
-    analyze_ditmoe, analyze_dtr, analyze_dydit, analyze_racedit, compare_log, metrics, ship)
+    analyze_ditmoe, analyze_dtr, analyze_dydit, analyze_racedit, compare_log, maps, metrics, ship)
 from experiments.feature_net import read_sums
 
 FOLDER = ROOT / "assets" / "checkpoints"
@@ -135,3 +135,33 @@ def test_without_a_log_of_the_same_settings_the_nearest_command_is_named(tmp_pat
     assert "no loss to compare" in run_cli(compare_log, tmp_path / "run", code=2)[1]
     (tmp_path / "run" / "metrics.jsonl").unlink()
     assert "cannot be read" in run_cli(compare_log, tmp_path / "run", code=2)[1]
+
+
+def test_a_dry_run_with_init_counts_the_model_of_the_checkpoint(few_digits):
+    said, _ = run_cli(train, *"--model dydit --tiny --dry-run --init".split(), FILES["dit"])
+    assert "611,746" in said
+    assert "no such file" in run_cli(train, *"--model dit --tiny --dry-run --init x.pt".split(),
+                                     code=2)[1]
+
+
+def test_shipping_keeps_the_whole_name_and_refuses_an_empty_log(tmp_path):
+    run = tmp_path / "run"
+    write_model(run / "last.pt", "dit", size=28, patch=7, channels=1, dim=16, heads=2)
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
+    run_cli(ship, run, tmp_path / "dit-v1.5", "the command")
+    assert sorted(p.name for p in tmp_path.glob("dit*")) == ["dit-v1.5.jsonl", "dit-v1.5.pt"]
+    (run / "metrics.jsonl").write_text("")
+    assert "holds no loss" in run_cli(ship, run, tmp_path / "other", "c", code=2)[1]
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_few_steps_are_not_drawn_twice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said, _ = run_cli(sample, FILES["racedit"], "-n", 1, "--steps", 2, "--maps", "--film")
+    assert said.count("compute per token") == 2
+
+
+def test_maps_of_a_folder_without_models_are_refused(tmp_path):
+    out = tmp_path / "maps.json"
+    argv = ["--checkpoints", tmp_path, "--out", out]
+    assert "holds none of" in run_cli(maps, *argv, code=2)[1] and not out.exists()
