@@ -305,8 +305,7 @@ def read_inputs(args, module, device, previous):
     cfg = make_config(args, module, diffusion, data, saved or dense)
     if saved:
         ckpt.check_same_run(args, saved, cfg, diffusion, data)
-    if dense:
-        check_parent(args, dense, cfg)
+    check_parent(args, dense, cfg)
     return saved, dense, diffusion, data, cfg
 
 
@@ -325,6 +324,7 @@ def dry_run(args):
     dense = ckpt.read_checkpoint(args.init, with_weights=False) if args.init else None
     data = open_data(args, dense) if args.data or dense else None
     cfg = make_config(args, module, make_diffusion(args, dense), data, dense)
+    check_parent(args, dense, cfg)
     with torch.device("meta"):
         print("\n".join(count(module, module.Model(cfg))))
 

@@ -87,7 +87,9 @@ def kept_fields(args, before):
 
 def check_parent(args, parent, cfg):
     """--init: the new run must begin as the function that its parent, a checkpoint, computes. The
-    parent is of the same model, or a dense DiT. Raises UserError."""
+    parent is of the same model, or a dense DiT. None: there is no --init. Raises UserError."""
+    if parent is None:
+        return
     who, child = f"--init {args.init}", importlib.import_module(args.model)
     same, upcycles = parent["name"] == args.model, hasattr(child, "from_dense")
     if not (same or is_dense(parent["name"], parent["config"])

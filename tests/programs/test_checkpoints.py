@@ -140,6 +140,8 @@ def test_without_a_log_of_the_same_settings_the_nearest_command_is_named(tmp_pat
 def test_a_dry_run_with_init_counts_the_model_of_the_checkpoint(few_digits):
     said, _ = run_cli(train, *"--model dydit --tiny --dry-run --init".split(), FILES["dit"])
     assert "611,746" in said
+    wrong = ["--model", "dydit", "--tiny", "--dry-run", "--init", FILES["racedit"]]
+    assert "cannot start from it" in run_cli(train, *wrong, code=2)[1]
     assert "no such file" in run_cli(train, *"--model dit --tiny --dry-run --init x.pt".split(),
                                      code=2)[1]
 
