@@ -386,7 +386,7 @@ class Experts(nn.Module):
         ends = torch.searchsorted(expert, torch.arange(len(self.w1), device=x.device), right=True,
                                   out_int32=True)       # (E,)   expert e has rows ends[e-1]:ends[e]
         z = self.networks(x.index_select(0, token).to(amp_dtype(x)), ends, expert)  # (R, D)
-        z = z.to(gate.dtype) * gate.index_select(0, order)[:, None]             # (R, D)
+        z = z * gate.index_select(0, order)[:, None]    # (R, D), in gate's float32
         return z.new_zeros(x.shape).index_add(0, token, z)                      # (T, D)  (c)
 
     def networks(self, z, ends, expert):
@@ -430,9 +430,12 @@ def linear(z, w, b):
 
 
 def grouped_linear(z, w, b, ends, expert):
-    """All experts in one kernel.  z (R, in), w (E, in, out), b (E, out) or None -> (R, out)."""
+    """All experts in one kernel.  z (R, in), w (E, in, out), b (E, out) or None -> (R, out).
+
+    b[expert] is written as a product of 0s and 1s with b: it sums the gradient of b in float32. An
+    index would sum it in bf16, row by row: over 4,096 rows that was wrong by 84 % (H200)."""
     z = F.grouped_mm(z, w, offs=ends)
-    return z if b is None else z + b.index_select(0, expert)
+    return z if b is None else torch.addmm(z, F.one_hot(expert, len(b)).to(z.dtype), b)
 
 
 def xavier(*matrices):

@@ -13,6 +13,7 @@ lengths or kinds of device.
 Read next: CLAIMS."""
 
 import functools
+import json
 import re
 import sys
 import time
@@ -454,6 +455,45 @@ def speed():
     return table(["case", "divided by", "ratio", "`python -m experiments.bench` ..."], rows)
 
 
+def gpu():
+    """Markdown: what experiments/gpu.py found on a GPU, the last measurement of each case."""
+    told = (runs.ROOT / "experiments/results/gpu/gpu.jsonl").read_text().splitlines()
+    cases = {line["case"]: line for line in map(json.loads, told)}
+    rows = [r | dict(case=case) for case, line in cases.items() for r in line.get("rows", ())]
+    name, = {f"{line['card']}, torch {line['torch']}" for line in cases.values()}
+    checks = [case for case, line in cases.items() if any("ok" in r for r in line["rows"])]
+    wrong = [c for c in checks if not all(r["ok"] for r in cases[c]["rows"])]
+    lines = [f"{name}. Right: {len(checks) - len(wrong)} of {len(checks)} cases; not: "
+             f"{', '.join(wrong) or 'none'}.", ""]
+    steps = {}
+    for r in rows:
+        if r["case"].startswith("speed") and "mfu" in r:
+            steps.setdefault((r["model"], r["size"], r["batch"]), {})[r["how"]] = r
+    lines += table(["training step, bf16", "images per second", "compiled blocks", "share of "
+                    "the peak", "compiled", "GB", "planned by `memory`"], [
+        (f"{model if model != 'plain' else 'a plain DiT'} {size}, batch {batch}",
+         *(f"{found[h]['img_s']:,.0f}" if h in found else "-" for h in ("eager", COMPILED)),
+         *(f"{found[h]['mfu']:.1%}" if h in found else "-" for h in ("eager", COMPILED)),
+         *(f"{found['eager'][k]:.1f}" if k in found.get("eager", {}) else "-"
+           for k in ("peak_gb", "planned_gb")))
+        for (model, size, batch), found in steps.items()])
+    lines += ["", *table(["sampling, a guided call", "time divided by DiT's", "kernels without "
+                          "gaps"], [
+        (f"DyDiT {r['size']}, half of the FLOPs, {r['batch']} images, {r['dtype']}",
+         f"{r['sliced_share']:.2f}", f"{r['sliced_kernels_share']:.2f}")
+        for r in rows if "sliced_kernels" in r])]
+    rates = []                                          # TFLOP/s, as dense_tflops
+    for r in (r for r in rows if "dense_tflops" in r):
+        work = r["dense_tflops"] * r["dense_both_gpu"]
+        rates.append((f"{r['kind']}: {r['E']} experts, {r['T']:,} tokens, D {r['D']}", *(
+            f"{v:.0f}" for v in (work / r["routed_both"], work / r["routed_both_gpu"],
+                                 r["dense_tflops"], r["grouped_tflops"], r["mm_tflops"]))))
+    return [*lines, "", *table(["forward and backward, TFLOP/s", "layer", "its kernels without "
+                                "gaps", "dense MLP of equal work", "a grouped product alone",
+                                "a plain product alone"], rates)]
+
+
+COMPILED = "compiled blocks"
 CAPTIONS = {
     "training": "Training loss at equal work (R1, M10), and of DTR (T1 to T3).",
     "experts_by_time": "Race-DiT: experts per token over t (R8).",
@@ -488,7 +528,8 @@ def blocks(results):
             ("experiments/README.md", "figures"): plots(),
             ("experiments/README.md", "earlier"): earlier(),
             ("experiments/README.md", "recipe"): recipe(results),
-            ("experiments/README.md", "speed"): speed()}
+            ("experiments/README.md", "speed"): speed(),
+            ("experiments/README.md", "gpu"): gpu()}
 
 
 def between(name):

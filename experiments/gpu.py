@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.profiler import ProfilerActivity, profile
 
 import dit
 import ditmoe
@@ -162,7 +163,8 @@ def machine():
         a, b = (torch.randn(n, n, device=here.device).to(dtype) for _ in range(2))
         with tf32(high):
             row[f"{label}_tflops"] = 2 * n**3 / seconds(lambda: a @ b, 5) / 1e12
-    row["copy_tb_s"] = bench.copy_rate(here.device, 1 << (16 if here.micro else 26)) / 1e12
+    a, b = (torch.ones(1 << (16 if here.micro else 28), device=here.device) for _ in range(2))
+    row["copy_tb_s"] = 2 * a.nbytes / seconds(lambda: b.copy_(a), 5) / 1e12      # read and written
     return row
 
 
@@ -463,7 +465,7 @@ def tiny200(name, steps=200, how=("off", "bf16")):
             row |= dict(first=losses[0] / reference[0] - 1,
                         last=sum(losses[last]) / sum(reference[last]) - 1)
             limit = 0.005 if amp_option == "off" else 0.03
-            row["ok"] = abs(row["first"]) < limit and abs(row["last"]) < 0.1
+            row["ok"] = abs(row["first"]) < limit and abs(row["last"]) < 0.03
         rows.append(row | dict(losses=losses))
     return rows
 
@@ -659,10 +661,20 @@ def layers(kind, D, E, T):
     return row
 
 
+def kernel_seconds(f):
+    """Seconds that the GPU computes in f(), without the gaps in which it waits for the host."""
+    with profile(activities=[ProfilerActivity.CUDA if on_gpu() else ProfilerActivity.CPU]) as found:
+        f()
+        torch.cuda.synchronize() if on_gpu() else None
+    return sum(e.self_device_time_total if on_gpu() else e.self_cpu_time_total
+               for e in found.key_averages()) / 1e6
+
+
 @torch.no_grad()
 def sampling(size, batch, kind="both", target=0.5):
-    """One guided model call (a sampler is 25) of DiT in bf16, TF32 and float32, and of DyDiT at
-    half of the FLOPs, masked and sliced; the target is 0.60 of DiT's time."""
+    """One guided model call (a sampler is 25) of DiT in bf16 and TF32, and of DyDiT at half of the
+    FLOPs, masked and sliced; the target is 0.60 of DiT's time. _kernels: what a faster host would
+    leave of it, for slicing waits for the GPU once per layer."""
     cfg, batch = config("dydit", size), 2 if here.micro else batch
     model = build("dydit", cfg).eval()
     static = build("dit", dit.Config(**{k: vars(cfg)[k] for k in vars(dit.Config())})).eval()
@@ -674,16 +686,16 @@ def sampling(size, batch, kind="both", target=0.5):
     tokens = (target - share * heads / cfg.heads) / ((1 - share) * groups / cfg.heads)
     bench.set_routers(model, heads, groups, min(tokens, 1.0), inputs)
     rows = []
-    for dtype in ("bf16", "tf32", "fp32"):
+    ways = dict(static=(static, {}), masked=(model, dict(sliced=False)),
+                sliced=(model, dict(sliced=True)))
+    for dtype in ("bf16", "tf32"):
         row = dict(size=size, batch=batch, kind=kind, dtype=dtype)
-        ways = [("static", static, {})]
-        if dtype != "fp32":
-            ways += [("masked", model, dict(sliced=False)), ("sliced", model, dict(sliced=True))]
-        for name, f, options in ways:
+        for name, (f, options) in ways.items():
             go = bench.amp(lambda: f(*inputs, **options), here.device, dtype == "bf16")
-            with tf32(dtype != "fp32"):
-                row |= {name: seconds(go, 5, 2), f"{name}_gpu": seconds(go, 5, 0, ahead=True)}
-            row[f"{name}_share"] = row[name] / row["static"]
+            with tf32(True):
+                row |= {name: seconds(go, 5, 2), f"{name}_kernels": kernel_seconds(go)}
+            for end in ("", "_kernels"):
+                row[f"{name}{end}_share"] = row[name + end] / row["static" + end]
         rows.append(row | dict(ratio=model(*inputs)[1]["flops"].mean().item()))
     return rows
 
@@ -726,7 +738,7 @@ def table():
     cases |= {"golden": (30, golden), "sliced": (30, sliced), "alone": (20, alone, 0.0),
               "alone without winners": (20, alone, 1e9), "attention": (60, attention)}
     cases |= {f"waits {m}": (40, waits, m) for m in MODELS}
-    cases |= {f"tiny200 {m}": (45, tiny200, m) for m in MODELS}
+    cases |= {f"tiny200 {m}": (90, tiny200, m) for m in MODELS}
     cases |= {f"speed {m} B/2": (40, training, m, "B/2", b) for m, b in batch.items()}
     cases["speed dit XL/2"] = (60, training, "dit", "XL/2", 64)
     cases["speed plain XL/2"] = (60, training, "plain", "XL/2", 64)
@@ -735,7 +747,7 @@ def table():
     cases |= {"speed reader": (20, reader), "speed program B/2": (60, program, "B/2", 128)}
     cases |= {f"speed layer {m} {E}": (25, layers, m, 768, E, 32768) for E in (8, 16, 64)
               for m in ("ditmoe", "racedit")}
-    cases["speed sampling XL/2"] = (60, sampling, "XL/2", 32)
+    cases |= {f"speed sampling XL/2 {n}": (60, sampling, "XL/2", n) for n in (128, 32)}
     cases |= {f"resume {m}": (40, resume, m) for m in MODELS}
     cases |= {f"deterministic {m}": (60, resume, m, "--deterministic") for m in MODELS}
     cases |= {f"samples {m}": (30, samples, m) for m in MODELS}
@@ -750,9 +762,9 @@ def table():
         cases |= {f"speed layer {m} {E} XL": (25, layers, m, 1152, E, 16384) for E in (8, 16)}
         cases[f"speed {m} XL/2, 7 blocks"] = (60, training, m, "XL/2", 64, "eager", 7)
     cases |= {f"speed {m} XL/2": (60, training, m, "XL/2", 32) for m in ("dydit", "dtr")}
-    cases["speed sampling B/2"] = (40, sampling, "B/2", 32)
+    cases["speed sampling B/2"] = (40, sampling, "B/2", 256)
     cases["speed sampling B/2 small"] = (40, sampling, "B/2", 2, "width")
-    cases |= {f"quality {m}": (90, quality, m) for m in ("dit", "racedit", "ditmoe", "dtr")}
+    cases |= {f"quality {m}": (240, quality, m) for m in ("dit", "racedit", "ditmoe", "dtr")}
     return cases | {"claims": (600, claims)}
 
 

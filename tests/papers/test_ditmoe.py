@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import wake
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dit
 import ditmoe
@@ -120,6 +121,24 @@ def test_all_experts_in_one_kernel_compute_what_the_loop_computes(form, E):
         results.append([y, *grads])
     for loop, kernel in zip(*results):
         assert (loop - kernel).float().abs().max() <= 0.01 * loop.float().abs().max()
+
+
+def test_the_gradient_of_a_bias_is_a_product_and_no_sum_in_bf16():
+    """A GPU adds bf16 rows by index one after the other: from 256 on, adding 1 changes nothing.
+    A CPU adds them better, so what is tested here is that nothing is added by index."""
+    b, called = torch.zeros(2, 8, dtype=torch.bfloat16, requires_grad=True), []
+    z, w = torch.zeros(4096, 8).bfloat16(), torch.zeros(2, 8, 8).bfloat16()
+    ends, expert = torch.tensor([4096, 4096]).int(), torch.zeros(4096, dtype=torch.long)
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+            called.append(f.__name__)
+            return f(*args, **(kwargs or {}))
+
+    with Record():
+        (ditmoe.grouped_linear(z, w, b, ends, expert) * 1).float().sum().backward()
+    assert b.grad.tolist() == [[4096.0] * 8, [0.0] * 8]
+    assert any("mm" in f for f in called) and not any("index" in f for f in called)
 
 
 @pytest.mark.parametrize("D, h", [(32, 20), (20, 32)])
