@@ -12,6 +12,7 @@ Read next: a figure's own function; FIGURES lists them."""
 
 import functools
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -383,13 +384,16 @@ def quality_by_work(args):
     kinds = [("loss", "validation loss", lambda r: r["loss"]["mean"]),
              ("samples", "class accuracy, %", lambda r: 100 * r["samples"]["accuracy"])]
     for ax, (need, y, get) in zip(both, kinds):
-        def draw(arm, colour, marker, label, ax=ax, need=need, get=get):
-            values = [get(r) for r in results(arm, need)]
-            ax.errorbar(runs.work(arm) * 1000, mean(values), fmt=marker, color=colour, capsize=4,
-                        yerr=stdev(values) if len(values) > 1 else None, markersize=9,
+        beside = Counter()
+
+        def draw(arm, colour, marker, label, ax=ax, need=need, get=get, beside=beside):
+            values, work = [get(r) for r in results(arm, need)], runs.work(arm) * 1000
+            ax.errorbar(work + 0.9 * beside[work], mean(values), fmt=marker, color=colour,
+                        yerr=stdev(values) if len(values) > 1 else None, markersize=9, capsize=4,
                         label=f"{label} ({len(values)})")
+            beside[work] += 1
         some(arms, draw)
-        name_axes(ax, "million multiply-accumulates per image", y,
+        name_axes(ax, "million MACs per image (equal: side by side)", y,
                   "DyDiT, claims Y1, Y5, Y6")
     both[1].legend(title=SEEDS, loc="upper left", bbox_to_anchor=(1, 1))
     save(fig, "quality_by_work", args.out)
