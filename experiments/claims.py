@@ -62,6 +62,8 @@ PRUNED = {kind: tuned("route=width", "weight=0", program=("-m", "experiments.pru
 DDPM, DTR = ddpm("dit"), ddpm("dtr")
 DDPM_HALF = tuned(dense=DDPM)
 RANDOM = ddpm("dtr", "route=random", "per_block=true")
+LINEAR, DTR_LINEAR = ddpm("dit", schedule="linear"), ddpm("dtr", schedule="linear")
+RANDOM_LINEAR = ddpm("dtr", "route=random", "per_block=true", schedule="linear")
 SWITCHED = "the saved work is the claim"
 LARGER = "the larger model is the claim"
 
@@ -219,13 +221,15 @@ CLAIMS = [
 
     Claim("T1", "DTR beats DiT", "main table", "G", 8,
           (Contrast("loss", DTR, DDPM), Contrast("loss, noisy half", DTR, DDPM, shown=True),
-           Contrast("Frechet", DTR, DDPM, shown=True)),
+           Contrast("Frechet", DTR, DDPM, shown=True),
+           Contrast("loss", DTR_LINEAR, LINEAR, shown=True, seeds=1)),
           earlier=(Contrast("loss", "dtr/DiT + DTR", "dtr/DiT"),
                    Contrast("loss, noisy half", "dtr/DiT + DTR", "dtr/DiT", shown=True),
                    Contrast("Frechet", "dtr/DiT + DTR", "dtr/DiT", shown=True))),
     Claim("T2", "random routing is worse than none", "main table", "C", 3,
           (Contrast("loss", RANDOM, DDPM, "more"),
-           Contrast("accuracy", RANDOM, DDPM, "less", shown=True)),
+           Contrast("accuracy", RANDOM, DDPM, "less", shown=True),
+           Contrast("loss", RANDOM_LINEAR, LINEAR, "more", shown=True, seeds=1)),
           earlier=(Contrast("loss", "dtr/DiT + random routing", "dtr/DiT", "more"),
                    Contrast("accuracy", "dtr/DiT + random routing", "dtr/DiT", shown=True))),
     Claim("T3", "trains twice as fast", "abstract, reviews", "G", 8,
@@ -344,9 +348,10 @@ def ledger(results, from_scratch=None):
         for x in c.contrasts:
             found = x.evaluate(results.get(c.id, {}))
             ratio = None if isinstance(x, Stored) else equal_work(x, from_scratch)
-            outcome = f"({found.outcome})" if x.shown else found.outcome
+            outcome = "one seed" if found.n == x.seeds == 1 else found.outcome
+            outcome = f"({outcome})" if x.shown else outcome
             rows.append((c.id, x.text(), x.quantity, x.expect + (f" (± {x.margin:g})" if x.margin
-                         else ""), difference(found, x), f"{found.n}/{c.seeds or found.n}",
+                         else ""), difference(found, x), f"{found.n}/{x.seeds or c.seeds or found.n}",
                          "-" if ratio is None else f"{ratio:.3f}",
                          seconds(x, results.get(c.id, {})), outcome))
     lines += table(["", "arms", "quantity", "expected", "difference", "seeds", "work",

@@ -125,6 +125,7 @@ class Contrast:
     beyond: tuple = ()
     work: object = True
     shown: bool = False             # a control or context: it does not decide
+    seeds: int = 0                  # 0: as many as the claim
 
     @property
     def arms(self):
@@ -164,7 +165,7 @@ class Stored:
     margin: float = 0.0
     unit: str = "%"
     shown: bool = False
-    arms = ()
+    arms, seeds = (), 0
 
     def evaluate(self, results):
         file = ROOT / "experiments" / "results" / self.file
@@ -247,11 +248,11 @@ class Claim:
                 widest[c.quantity] = half, unit(c)
         return "; ".join(f"{name} {size(*w)}" for name, w in widest.items()) or "-"
 
-    def needs(self):
-        """-> {arm: the measurements that this claim reads}."""
+    def needs(self, seed=0):
+        """-> {arm: the measurements that this claim reads}, of a run with this seed."""
         found = {}
         for c in self.contrasts:
-            for x in c.arms:
+            for x in c.arms if not c.seeds or seed < c.seeds else ():
                 found.setdefault(x, set()).update({QUANTITIES[c.quantity].need, "loss"})
         return found
 

@@ -31,7 +31,7 @@ def jobs_of(claim, seeds=None, from_scratch=None, device="cpu", all_needs=None):
     of an arm, so that a run is measured once."""
     jobs = {}
     for seed in range(claim.seeds if seeds is None else seeds):
-        for x, needs in claim.needs().items():
+        for x, needs in claim.needs(seed).items():
             chain = [Run(x, seed, from_scratch, device)]
             while chain[0].parent:
                 chain.insert(0, chain[0].parent)
