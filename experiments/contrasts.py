@@ -2,12 +2,18 @@
 
 Arms of a contrast are paired by seed: they see the same images, times and noise. Of n paired
 differences d we take the mean and its 95 % t interval, mean +- t(n-1) s / sqrt(n). The half width
-is the smallest difference that the contrast could have shown, and stands beside every verdict.
+is the smallest difference that the contrast could have shown, and stands beside every difference.
 
     expected: less     [--|---]   0            the whole interval below 0: yes
     (loss of ours           0   [---|--]       above 0: no
-     minus rival's)      [--|-0-]              0 is inside: smaller than we can see (< half width)
+     minus rival's)      [--|-0-]              0 is inside: smaller than we can see (< b), where b
+                                               is the end of the interval that is farther from 0
     expected: equal    -m [-|0-] m             the interval lies within the margin m: yes
+                       -m   0   m [-|-]        outside of it: no
+                       -m   0 [-|-] m          across m, without 0: mixed; across m and 0: smaller
+                                               than we can see
+    expected: more,      [-0-|--]   m          the paper says by m, and the interval ends below m:
+    by m                                       no with 0 inside, else mixed
 
 A claim is "yes" if all of its contrasts are, "no" if some are "no" and none is "yes", and "mixed"
 if they differ otherwise. Contrasts marked as shown (controls and context) do not decide. Nothing is
@@ -104,8 +110,15 @@ QUANTITIES = {q.name: q for q in [
     Quantity("AUC - 0.5, t < 0.5", "schedule", lambda r: mean(r["schedule"]["auc"][:5]) - 0.5),
     Quantity("CKA, noisy times", "cka", lambda r: r["cka"]["noisy"]),
     Quantity("CKA, clean times", "cka", lambda r: r["cka"]["clean"]),
-    *(Quantity(f"accuracy, {s}", "solvers", gap(s), False, "points")
-      for s in ("euler 10", "heun 5", "ddim 10", "dpm++ 10", "euler 50", "ddim 50"))]}
+    Quantity("bits about step, block 1", "experts", lambda r: layers("experts", "step")(
+        dict(experts=dict(layers=r["experts"]["layers"][:1]))), False, "bit"),
+    *(Quantity(f"change by other images, {way}", "threshold",
+               lambda r, way=way: 100 * r["threshold"][way]["neighbours"], False, "%")
+      for way in ("tau", "topk")),
+    *(Quantity(f"accuracy, {few} - {many}", "solvers",
+               lambda r, few=few, many=many: gap(few)(r) - gap(many)(r), False, "points")
+      for few, many in (("euler 10", "euler 50"), ("heun 5", "euler 50"), ("ddim 10", "ddim 50"),
+                        ("dpm++ 10", "ddim 50")))]}
 
 
 # ------------------------------------------------------------------------ contrasts, verdicts
@@ -113,9 +126,9 @@ QUANTITIES = {q.name: q for q in [
 
 @dataclass(frozen=True)
 class Contrast:
-    """A quantity of arm a, against that of b, or against 0. expect: less, more or equal (within
-    margin). beyond=(c, d): the difference of c and d is subtracted. work: equal activated work is
-    demanded (True), or why it is not."""
+    """A quantity of arm a, against that of b, or against 0. expect: less, more (by margin),
+    equal (within margin) or "-" (nothing). beyond=(c, d): the difference of c and d is
+    subtracted. work: equal activated work is demanded (True), or why it is not."""
 
     quantity: str
     a: object
@@ -185,6 +198,10 @@ class Found:
     mean: float = 0.0
     half: float = 0.0               # half width of the 95 % interval: what could have been seen
 
+    @property
+    def bound(self):
+        return abs(self.mean) + self.half
+
 
 def outcome_of(values, expect, margin=0.0):
     n = len(values)
@@ -192,7 +209,9 @@ def outcome_of(values, expect, margin=0.0):
         return Found("not run yet", n, *values[:1])
     centre, half = mean(values), T[min(n - 1, len(T)) - 1] * stdev(values) / n**0.5
     low, high = centre - half, centre + half
-    if expect == "equal":
+    if expect == "-":
+        outcome = "-"
+    elif expect == "equal":
         if -margin <= low and high <= margin:
             outcome = "yes"
         elif low > margin or high < -margin:
@@ -200,7 +219,9 @@ def outcome_of(values, expect, margin=0.0):
         else:                       # different from 0, but perhaps by less than the margin: mixed
             outcome = UNSEEN if low <= 0 <= high else "mixed"
     elif low <= 0 <= high:
-        outcome = UNSEEN
+        outcome = "no" if expect == "more" and high < margin else UNSEEN
+    elif expect == "more" and 0 < low and high < margin:
+        outcome = "mixed"
     else:
         outcome = "yes" if (centre < 0) == (expect == "less") else "no"
     return Found(outcome, n, centre, half)
@@ -229,8 +250,8 @@ class Claim:
             return "not run yet"
         outcomes = {f.outcome for f in found}
         if outcomes == {UNSEEN}:
-            widest = max(zip(decide, found), key=lambda pair: pair[1].half)
-            outcome = f"{UNSEEN} (< {size(widest[1].half, unit(widest[0]))})"
+            widest = max(zip(decide, found), key=lambda pair: pair[1].bound)
+            outcome = f"{UNSEEN} (< {size(widest[1].bound, unit(widest[0]))})"
         elif outcomes == {"yes"}:
             outcome = "yes"
         else:
@@ -238,15 +259,16 @@ class Claim:
         n = min(f.n for f in found)
         return outcome if n >= self.seeds else f"{outcome} ({n} of {self.seeds} seeds)"
 
-    def visible(self, results, contrasts=None):
-        """The smallest differences that the deciding contrasts could have shown, as text."""
-        widest = {}
+    def differences(self, results, contrasts=None):
+        """Means and half widths of the deciding contrasts, as text."""
+        told = {}
         for c in self.contrasts if contrasts is None else contrasts:
             found = c.evaluate(results)
             if not c.shown and found.n > 1:
-                half = max(found.half, widest.get(c.quantity, (0.0, ""))[0])
-                widest[c.quantity] = half, unit(c)
-        return "; ".join(f"{name} {size(*w)}" for name, w in widest.items()) or "-"
+                told.setdefault((c.quantity, unit(c)), []).append(
+                    f"{found.mean:+.3g} ± {found.half:.2g}")
+        return "; ".join(f"{name} {', '.join(values)} {unit_}".strip()
+                         for (name, unit_), values in told.items()) or "-"
 
     def needs(self, seed=0):
         """-> {arm: the measurements that this claim reads}, of a run with this seed."""
