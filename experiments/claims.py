@@ -276,6 +276,11 @@ CLAIMS = [
     Claim("T10", "L after 2 M steps equals XL after 7 M", "project page", "N", why=GPU_ONLY),
 ]
 BY_ID = {c.id: c for c in CLAIMS}
+# No claim of a paper: DiT on digits with this recipe, and with the one before it.
+RECIPE = Claim("recipe", "", "", "C", 3, tuple(
+    Contrast("accuracy", arm("dit", data="digits", path=path),
+             arm("dit", data="digits", path=path, muon_lr=0, steps=1800, **before), "-", shown=True)
+    for path, before in (("rf", {}), ("ddpm", dict(schedule="linear", predict="eps")))))
 
 
 # ------------------------------------------------------------------------ results
@@ -425,20 +430,22 @@ def earlier():
 
 
 def recipe(results):
-    """Markdown: DiT on Fashion-MNIST with the recipe before this one, and with this one."""
+    """Markdown: DiT with the recipe before this one, and with this one."""
     def cell(found, key, scale):
         values = [scale * r["samples"][key] for r in found if "samples" in r]
         spread = f" ± {stdev(values):.3g}" if len(values) > 1 else ""
         return f"{mean(values):.3g}{spread} ({len(values)})" if values else "-"
 
-    rows = []
-    for text, arm_, claim, old in (("rectified flow", DENSE, "Y1", "dydit/dense"),
-                                   ("DDPM", DDPM, "T2", "dtr/DiT")):
-        pair = (earlier_results()[old].values(), results.get(claim, {}).get(arm_, {}).values())
-        rows.append((text, *(cell(found, *what) for what in (("accuracy", 100), ("frechet", 1))
-                             for found in pair)))
-    return table(["DiT, Fashion-MNIST", "class accuracy, before (seeds)", "now",
-                  "Fréchet distance, before", "now"], rows)
+    pairs = [(f"Fashion-MNIST, {text}", earlier_results()[old], results.get(claim, {}).get(arm_, {}))
+             for text, arm_, claim, old in (("rectified flow", DENSE, "Y1", "dydit/dense"),
+                                            ("DDPM", DDPM, "T2", "dtr/DiT"))]
+    digits = stored_results([RECIPE])["recipe"]
+    pairs += [(f"digits, {text}", digits[x.b], digits[x.a])
+              for text, x in zip(("rectified flow", "DDPM"), RECIPE.contrasts)]
+    rows = [(text, *(cell(found.values(), *what) for what in (("accuracy", 100), ("frechet", 1))
+                     for found in pair)) for text, *pair in pairs]
+    return table(["DiT", "class accuracy, before (seeds)", "now", "Fréchet distance, before", "now"],
+                 rows)
 
 
 def speed():
@@ -574,7 +581,7 @@ def write_blocks(results, root=runs.ROOT):
 
 def measure(name, needs, from_scratch, device):
     """The second half of run_one, for the run of this name."""
-    arms = {x for c in CLAIMS for x in c.needs()}
+    arms = {x for c in [*CLAIMS, RECIPE] for x in c.needs()}
     arms |= {x.parent for x in arms if x.parent}
     for x in arms:
         for seed in range(1000):
@@ -588,14 +595,16 @@ def measure(name, needs, from_scratch, device):
 
 
 def chosen(words):
-    """R7 M5 ..., cheap or all -> claims."""
+    """R7 M5 ..., recipe, cheap or all -> claims."""
     found = []
     for word in words:
         if word in ("cheap", "all"):
             kinds = "C0" if word == "cheap" else "C0G"
             found += [c for c in CLAIMS if c.kind in kinds and c.needs()]
+        elif word == "recipe":
+            found.append(RECIPE)
         elif word not in BY_ID:
-            raise UserError(f"--run {word}: one of cheap, all, {', '.join(BY_ID)}")
+            raise UserError(f"--run {word}: one of cheap, all, recipe, {', '.join(BY_ID)}")
         elif not BY_ID[word].needs():
             why = BY_ID[word].why or "measured by python -m experiments.bench"
             raise UserError(f"--run {word}: nothing to train; {why}")
@@ -607,7 +616,7 @@ def chosen(words):
 def main(argv):
     p = Parser(prog="claims.py", description=__doc__.split("\n\n")[0])
     count = number(int, 1, 10**6)
-    p.add_argument("--run", nargs="+", metavar="CLAIM", help="R7 M5 ..., cheap, all")
+    p.add_argument("--run", nargs="+", metavar="CLAIM", help="R7 M5 ..., recipe, cheap, all")
     p.add_argument("--dry-run", action="store_true", help="with --run: print the queue only")
     p.add_argument("--jobs", type=count, default=1, help="runs at a time, one thread each")
     p.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
