@@ -436,7 +436,8 @@ def recipe(results):
         spread = f" ± {stdev(values):.3g}" if len(values) > 1 else ""
         return f"{mean(values):.3g}{spread} ({len(values)})" if values else "-"
 
-    pairs = [(f"Fashion-MNIST, {text}", earlier_results()[old], results.get(claim, {}).get(arm_, {}))
+    pairs = [(f"Fashion-MNIST, {text}", earlier_results()[old],
+              results.get(claim, {}).get(arm_, {}))
              for text, arm_, claim, old in (("rectified flow", DENSE, "Y1", "dydit/dense"),
                                             ("DDPM", DDPM, "T2", "dtr/DiT"))]
     digits = stored_results([RECIPE])["recipe"]
@@ -444,8 +445,8 @@ def recipe(results):
               for text, x in zip(("rectified flow", "DDPM"), RECIPE.contrasts)]
     rows = [(text, *(cell(found.values(), *what) for what in (("accuracy", 100), ("frechet", 1))
                      for found in pair)) for text, *pair in pairs]
-    return table(["DiT", "class accuracy, before (seeds)", "now", "Fréchet distance, before", "now"],
-                 rows)
+    return table(["DiT", "class accuracy, before (seeds)", "now", "Fréchet distance, before",
+                  "now"], rows)
 
 
 def speed():
