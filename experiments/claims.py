@@ -490,10 +490,12 @@ def gpu():
     told = (runs.ROOT / "experiments/results/gpu/gpu.jsonl").read_text().splitlines()
     cases = {line["case"]: line for line in map(json.loads, told)}
     rows = [r | dict(case=case) for case, line in cases.items() for r in line.get("rows", ())]
-    name, = {f"{line['card']}, torch {line['torch']}" for line in cases.values()}
-    checks = [case for case, line in cases.items() if any("ok" in r for r in line["rows"])]
-    wrong = [c for c in checks if not all(r["ok"] for r in cases[c]["rows"])]
-    lines = [f"{name}. Right: {len(checks) - len(wrong)} of {len(checks)} cases; not: "
+    cards = sorted({f"{line['card']}, torch {line['torch']}" for line in cases.values()})
+    checks = {case for case, line in cases.items() if "error" in line} | {
+        r["case"] for r in rows if "ok" in r}
+    wrong = [case for case, line in cases.items() if "error" in line or not all(
+        r.get("ok", True) for r in line["rows"])]
+    lines = [f"{'; '.join(cards)}. Right: {len(checks) - len(wrong)} of {len(checks)} cases; not: "
              f"{', '.join(wrong) or 'none'}.", ""]
     steps = {}
     for r in rows:
