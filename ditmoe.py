@@ -65,8 +65,9 @@ What we found (claims M5 and M9 in experiments/README.md; three seeds): without 
 load is less even (entropy 0.88; 1.00 with it), but every expert is used and the loss is the same;
 with alpha = 0.5 it is 1.3 % higher. On both data sets, on average over the layers, the choice of an
 expert (at most 3 bits) tells 0.47 or 0.48 bits about the position, 0.05 or 0.09 about the step, and
-0.03 or 0.05 about the class. That the step counts more than the class could not be shown. In Fig. 7 the first sampling steps use few experts and later steps use all more
-evenly; here use is uneven in the first and in the last steps.
+0.03 or 0.05 about the class. That the step counts more than the class could not be shown. In Fig. 7
+the first sampling steps use few experts and later steps use all more evenly; here use is uneven in
+the first and in the last steps.
 
 Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width, H
 heads, N depth, M of the N blocks have experts, E experts, k chosen per token, h width inside an
