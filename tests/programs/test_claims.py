@@ -114,8 +114,8 @@ def test_the_interval_is_students():
     ([3.0, -2.0, 1.0], "equal", 1, UNSEEN), ([1.0, 1.1, 0.9], "equal", 1, "mixed"),
     ([1.5, 1.6, 1.4], "more", 1, "yes"), ([0.5, 0.6, 0.55], "more", 1, "mixed"),
     ([0.2, -0.5, 0.1], "more", 1, "no"), ([0.9, -0.5, 0.9], "more", 1, UNSEEN),
-    ([1.0, 2.0, 3.0], "-", 0, "-"), ([-1.0], "less", 0, "not run yet"), ([], "less", 0, "not run yet"),
-    ([2.0, 2.0], "more", 0, "not run yet")])
+    ([1.0, 2.0, 3.0], "-", 0, "-"), ([-1.0], "less", 0, "not run yet"),
+    ([], "less", 0, "not run yet"), ([2.0, 2.0], "more", 0, "not run yet")])
 def test_outcomes_of_made_up_differences(values, expect, margin, outcome):
     assert outcome_of(values, expect, margin).outcome == outcome
 
