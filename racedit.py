@@ -74,12 +74,13 @@ equal activated parameters; XL with 4 of 32 experts has FID 3.31, dense XL 6.31 
 2 of 8: race 8.03, token choice 9.50, expert choice 10.13 (Table 6). FID falls from 13.66 to 11.56
 with tau, to 8.95 with PLR added, to 8.03 with the similarity loss added (Table 3). Fig. 6 shows
 more experts at low noise; the authors' summary for lay readers calls pure noise harder.
-What we found (claims R5, R7, R8 in experiments/README.md; three seeds): tau keeps k experts per
+What we found (claims R5 to R8 in experiments/README.md; three seeds): tau keeps k experts per
 token on average, as in training, and gives the loss of the top-k of the batch within 0.4 %. At low
 noise a token of Fashion-MNIST gets more experts, as in Fig. 6 (2.22 at t = 0.05, 1.91 at 0.95), but
 a token of digits gets fewer (1.77 and 2.27). The similarity loss uses more pairs of experts (Comb
 of Table 2: 45 %; 32 % without it), but so does the balance loss with the same weight (41 %) and,
-with 100 times the weight, far more (72 %). The losses of all four are within 0.7 %.
+with 100 times the weight, far more (72 %). The losses of all four are within 0.7 %. Without PLR we
+see no other loss, nor other block outputs; in a dense DiT it does flatten these over depth (R6).
 Read next: select(), then MoE.forward().  The paper's part ends at the first "# -----" line.
 
 Differences and open points. We found no official code or weights. We could read the paper's tables
