@@ -80,7 +80,7 @@ noise a token of Fashion-MNIST gets more experts, as in Fig. 6 (2.22 at t = 0.05
 a token of digits gets fewer (1.77 and 2.27). The similarity loss uses more pairs of experts (Comb
 of Table 2: 45 %; 32 % without it), but so does the balance loss with the same weight (41 %) and,
 with 100 times the weight, far more (72 %). The losses of all four are within 0.7 %. Without PLR we
-see no other loss, nor other block outputs; in a dense DiT it does flatten these over depth (R6).
+see no other loss, and no other growth of the blocks' outputs with depth (R6).
 Read next: select(), then MoE.forward().  The paper's part ends at the first "# -----" line.
 
 Differences and open points. We found no official code or weights. We could read the paper's tables
