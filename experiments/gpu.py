@@ -665,7 +665,8 @@ def kernel_seconds(f):
     """Seconds that the GPU computes in f(), without the gaps in which it waits for the host."""
     with profile(activities=[ProfilerActivity.CUDA if on_gpu() else ProfilerActivity.CPU]) as found:
         f()
-        torch.cuda.synchronize() if on_gpu() else None
+        if on_gpu():
+            torch.cuda.synchronize()
     return sum(e.self_device_time_total if on_gpu() else e.self_cpu_time_total
                for e in found.key_averages()) / 1e6
 

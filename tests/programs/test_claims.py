@@ -173,6 +173,12 @@ def test_parents_come_first_and_arms_are_shared_between_claims(folders):
     assert done[0][0] == "Y5"                           # the least work
 
 
+def test_a_contrast_may_want_fewer_seeds_than_its_claim(folders):
+    names = [job.name for job in run_queue.jobs_of(BY_ID["T1"])]
+    linear = [name for name in names if "schedule=linear" in name]
+    assert len(linear) == 2 and all(name.endswith("-0") for name in linear) and len(names) == 18
+
+
 def test_the_claim_with_the_least_remaining_work_comes_first(folders):
     first = [c for c, _ in run_queue.queue([BY_ID["R4"], BY_ID["M7"]])[1]]
     assert first == ["M7", "R4"]
@@ -253,6 +259,8 @@ def test_a_failed_parent_takes_only_its_children_along(folders, monkeypatch):
 def test_the_command_line(folders):
     out, _ = run_cli(claims, "--run", "R7", "--seeds", 1, "--dry-run")
     assert out.count("racedit") == 4 and "4 runs" in out
+    out, _ = run_cli(claims, "--run", "recipe", "--dry-run")
+    assert "12 runs" in out and out.count("muon-lr=0") == 6 and "predict=eps" in out
     assert "cheap" in run_cli(claims, "--run", "R99", code=2)[1]
     assert "bench" in run_cli(claims, "--run", "T9", code=2)[1]
     assert "no such run" in run_cli(claims, "--measure", "x", "loss", code=2)[1]
