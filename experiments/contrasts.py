@@ -20,6 +20,7 @@ if they differ otherwise. Contrasts marked as shown (controls and context) do no
 corrected for the number of contrasts.
 Read next: outcome_of(), then Claim.verdict()."""
 
+import math
 from dataclasses import dataclass
 from statistics import mean, stdev
 
@@ -45,6 +46,7 @@ class Quantity:
     get: object                     # result -> number
     relative: bool = False
     unit: str = ""
+    title: str = ""                 # for readers who have not met the name
 
     def difference(self, a, b):
         if self.name == "steps":
@@ -84,11 +86,15 @@ QUANTITIES = {q.name: q for q in [
     Quantity("loss, noisy half", "loss", lambda r: mean(r["loss"]["bins"][5:]), True, "%"),
     Quantity("accuracy", "samples", lambda r: 100 * r["samples"]["accuracy"], False, "points"),
     Quantity("Frechet", "samples", lambda r: r["samples"]["frechet"], True, "%"),
-    Quantity("steps", "loss", lambda r: r["log"][-1][0], False, "x"),
+    Quantity("steps", "loss", lambda r: r["log"][-1][0], False, "x",
+             "how many times sooner, minus 1"),
     Quantity("experts, clean - noisy", "race",
-             lambda r: thirds(r["race"]["experts_per_token"]), False, "experts"),
-    Quantity("MaxVio", "race", lambda r: mean(r["race"]["max_violation"])),
-    Quantity("CombUsage", "race", lambda r: mean(r["race"]["combination_usage"]), False, "points"),
+             lambda r: thirds(r["race"]["experts_per_token"]), False, "experts",
+             "experts per token, low minus high noise"),
+    Quantity("MaxVio", "race", lambda r: mean(r["race"]["max_violation"]),
+             title="load of the busiest expert, above the mean (MaxVio)"),
+    Quantity("CombUsage", "race", lambda r: mean(r["race"]["combination_usage"]), False, "points",
+             "pairs of experts in use (CombUsage)"),
     Quantity("norm, last / first third", "norms",
              lambda r: mean(r["norms"]["blocks"][-2:]) / mean(r["norms"]["blocks"][:2]), True, "%"),
     Quantity("loss, tau - top-k", "threshold", lambda r: 100 * (
@@ -97,16 +103,21 @@ QUANTITIES = {q.name: q for q in [
         r["threshold"]["tau"]["samples"]["accuracy"]
         - r["threshold"]["topk"]["samples"]["accuracy"]), False, "points"),
     Quantity("load entropy", "experts",
-             lambda r: mean(s["load_entropy"] for s in r["experts"]["layers"])),
+             lambda r: mean(s["load_entropy"] for s in r["experts"]["layers"]),
+             title="load entropy (1: experts are used evenly)"),
     Quantity("dead experts", "experts", lambda r: sum(s["dead"] for s in r["experts"]["layers"])),
-    Quantity("bits about position", "experts", layers("experts", "position"), False, "bit"),
-    Quantity("bits about step", "experts", layers("experts", "step"), False, "bit"),
+    Quantity("bits about position", "experts", layers("experts", "position"), False, "bit",
+             "what a choice says about position"),
+    Quantity("bits about step", "experts", layers("experts", "step"), False, "bit",
+             "what a choice says about step"),
     Quantity("bits about class", "experts", layers("experts", "class"), False, "bit"),
     Quantity("bits about step, minus class", "experts", lambda r: layers("experts", "step")(r)
-             - layers("experts", "class")(r), False, "bit"),
+             - layers("experts", "class")(r), False, "bit", "about step, minus class"),
     Quantity("width, clean - noisy", "schedule",
-             lambda r: 100 * thirds(r["schedule"]["width"]), False, "points"),
-    Quantity("AUC - 0.5", "schedule", lambda r: mean(r["schedule"]["auc"]) - 0.5),
+             lambda r: 100 * thirds(r["schedule"]["width"]), False, "points",
+             "active width, low minus high noise"),
+    Quantity("AUC - 0.5", "schedule", lambda r: mean(r["schedule"]["auc"]) - 0.5,
+             title="AUC of compute against foreground, minus 0.5"),
     Quantity("AUC - 0.5, t < 0.5", "schedule", lambda r: mean(r["schedule"]["auc"][:5]) - 0.5),
     Quantity("CKA, noisy times", "cka", lambda r: r["cka"]["noisy"]),
     Quantity("CKA, clean times", "cka", lambda r: r["cka"]["clean"]),
@@ -128,7 +139,8 @@ QUANTITIES = {q.name: q for q in [
 class Contrast:
     """A quantity of arm a, against that of b, or against 0. expect: less, more (by margin),
     equal (within margin) or "-" (nothing). beyond=(c, d): the difference of c and d is
-    subtracted. work: equal activated work is demanded (True), or why it is not."""
+    subtracted. work: equal activated work is demanded (True), or why it is not. case: what tells
+    this contrast from the claim's others, in a few words."""
 
     quantity: str
     a: object
@@ -139,6 +151,7 @@ class Contrast:
     work: object = True
     shown: bool = False             # a control or context: it does not decide
     seeds: int = 0                  # 0: as many as the claim
+    case: str = ""
 
     @property
     def arms(self):
@@ -178,7 +191,7 @@ class Stored:
     margin: float = 0.0
     unit: str = "%"
     shown: bool = False
-    arms, seeds = (), 0
+    arms, seeds, case = (), 0, ""
 
     def evaluate(self, results):
         file = ROOT / "experiments" / "results" / self.file
@@ -265,10 +278,9 @@ class Claim:
         for c in self.contrasts if contrasts is None else contrasts:
             found = c.evaluate(results)
             if not c.shown and found.n > 1:
-                told.setdefault((c.quantity, unit(c)), []).append(
-                    f"{found.mean:+.3g} ± {found.half:.2g}")
-        return "; ".join(f"{name} {', '.join(values)} {unit_}".strip()
-                         for (name, unit_), values in told.items()) or "-"
+                told.setdefault(title(c), []).append(
+                    f"{interval(found, unit(c))}{f' ({c.case})' if c.case else ''}")
+        return "; ".join(f"{name}: {', '.join(values)}" for name, values in told.items()) or "-"
 
     def needs(self, seed=0):
         """-> {arm: the measurements that this claim reads}, of a run with this seed."""
@@ -281,6 +293,18 @@ class Claim:
 
 def unit(contrast):
     return contrast.unit if isinstance(contrast, Stored) else QUANTITIES[contrast.quantity].unit
+
+
+def title(contrast):
+    """The quantity's name for readers who have not met it."""
+    name = contrast.quantity
+    return QUANTITIES[name].title or name if name in QUANTITIES else name
+
+
+def interval(found, unit):
+    """Mean and half width, rounded to two digits of the half width."""
+    digits = max(0, 1 - math.floor(math.log10(found.half))) if found.half else 2
+    return f"{found.mean:+.{digits}f} ± {found.half:.{digits}f} {unit}".strip()
 
 
 def size(value, unit):
