@@ -49,7 +49,7 @@ Where the gradient comes from: a mask multiplies what it hides, so the loss has 
 respect to the mask. This also holds for a unit that is off, because training computes it anyway: it
 can be switched on again. The straight-through gate passes this gradient on to the logit, times (b).
 At the initial logit 15 of heads and groups this factor is 4e-6 on average with tau = 1, and 1e-2
-with the paper's tau = 5 (tokens, logit 35: 2e-4).
+with the official tau = 5 (tokens, logit 35: 2e-4).
 
 Worked example, S/2 (D = 384, L = 256). Divided by L D, attention costs 4D + 2L = 2048 and the MLP
 8D = 3072. With 3 of 6 heads, 4 of 6 groups and 192 of 256 tokens on:
@@ -63,15 +63,16 @@ reading). We do not know why the paper has as many groups as heads.
 
 The paper's main result (ImageNet 256x256): DiT-XL/2 goes from 118.69 to 57.88 GFLOPs and is 1.73
 times faster. FID falls (improves) from 2.27 to 2.07, but inception score (277 to 248) and precision
-(0.83 to 0.80) fall too. Small models lose at 0.5: S/2 has FID 21.46, and then 28.75. The width
+(0.83 to 0.80) fall too. Small models get worse: at 0.5 S/2 has FID 28.75, not 21.46. The width
 grows from noise to data (Fig. 1c). Mean FID of S at 0.5 over five data sets: both kinds of router
 16.94, width only 20.93, tokens only 35.12, random masks 136.01.
 What we found (Fashion-MNIST, lambda = 0.5, three seeds; claims Y1, Y5, Y6, Y8, Y9 in experiments/
-README.md): after 800 steps the loss is 2.4 % above the dense parent's, but 5.5 % above that of a
-dense DiT which is tuned for 800 steps, too. Both kinds of router have 13 % less loss than tokens
-only or random masks; width only has 1.2 % less still, and a dense DiT whose weakest half is cut
-has 5 % less (400 steps each). The tokens that skip are background (AUC 0.83). The flow's width is
-largest in the middle (0.71 at t = 0.45; 0.38 at 0.05, 0.28 at 0.95), DDPM's is nearly even.
+README.md): after 800 steps the loss is 2.4 % above the dense parent's. But it is 5.5 % above that
+of a dense DiT which is tuned for 800 steps, too, and 3.2 % above that of one whose weakest half is
+cut first (a random half: no visible difference). With 400 steps, both kinds of router have 13 % less
+loss than tokens only, 14 % less than random masks, and 1.2 % more than width only. The tokens that
+skip are background (AUC 0.83). The flow's width is largest in the middle (0.71 at t = 0.45; 0.38 at
+0.05, 0.28 at 0.95), DDPM's is nearly even.
 
 Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width,
 H heads, and also the number of groups (each has 4D/H channels), N depth, h active heads, g active
@@ -90,8 +91,8 @@ Differences from the paper and from the official code (alibaba-damo-academy/DyDi
   paper's 57.88 fits r = 0.48.
 - From the official code, and not in what we know of the paper: weight 2, lambda_step, stratified
   times (image i of a batch draws its t in quarter i mod 4, so that a batch covers all times). Its
-  mean ratio is that of one GPU's batch. Here the mean is over the global batch (with --accum, over
-  each part of it).
+  r is the mean over one GPU's batch, ours over the global batch (with --accum, over each part of
+  it).
 - lambda is a mean over all times, so all times are drawn equally often here. If the parent (the
   trained DiT) drew some times more often, the diffusion loss is weighted by how often: our choice.
 - The full model is the same network with every switch on. The paper adds its loss in the first
@@ -172,9 +173,9 @@ def flops_per_token(heads, groups, tokens, cfg):
 
     The mean over tokens and blocks is the FLOPs ratio r: 1 if everything is on, 1/H with one head,
     one group and every token."""
-    a, m = 4 * cfg.dim + 2 * (cfg.size // cfg.patch) ** 2, 8 * cfg.dim  # qkvo, QK', AV; MLP  (f)
+    s, m = 4 * cfg.dim + 2 * (cfg.size // cfg.patch) ** 2, 8 * cfg.dim  # qkvo, QK', AV; MLP  (f)
     # r, before the mean over tokens and blocks  (e)
-    return (a * heads.mean(-1)[..., None] + m * groups.mean(-1)[..., None] * tokens) / (a + m)
+    return (s * heads.mean(-1)[..., None] + m * groups.mean(-1)[..., None] * tokens) / (s + m)
 
 
 def lambda_step(step, cfg):
@@ -262,7 +263,7 @@ def attention(layer, x, mask=None, active=None):
     Each head has its own softmax, so the others do not change when one is left out. The mask comes
     before W_o, and the bias b_o is always added."""
     (B, L, D), H = x.shape, layer.heads
-    if active is not None and len(active) == 0:         # attention kernels fail on an empty batch
+    if active is not None and len(active) == 0:         # attention kernels fail on zero heads
         return F.linear(x[..., :0], layer.proj.weight[:, :0], layer.proj.bias)      # no inputs: b_o
     rows = None if active is None else torch.cat([active, active + H, active + 2 * H])  # q, k, v
     qkv = F.linear(x, take(layer.qkv.weight, rows, 3 * H), take(layer.qkv.bias, rows, 3 * H))
@@ -307,20 +308,20 @@ class Block(nn.Module):
         if not sliced:
             x = x + gate1 * attention(self.attn, modulate(self.norm1(x), shift1, scale1), heads)
             tokens = self.token_selection(x, u)                                 # (B, L)
-            h = mlp(self.mlp, modulate(self.norm2(x), shift2, scale2), self.attn.heads, groups)
-            return x + tokens[:, :, None].to(x.dtype) * gate2 * h, tokens       # (B, L, D)  (d)
+            y = mlp(self.mlp, modulate(self.norm2(x), shift2, scale2), self.attn.heads, groups)
+            return x + tokens[:, :, None].to(x.dtype) * gate2 * y, tokens       # (B, L, D)  (d)
         # Sampling: compute only what is on, and write it into x, because new memory is slow.
-        torch.addcmul(shift1, h := self.norm1(x), 1 + scale1, out=h)            # modulate() into h
-        x.addcmul_(gate1, attention(self.attn, h, active=heads))                # (B, L, D)  (c)
+        torch.addcmul(shift1, z := self.norm1(x), 1 + scale1, out=z)            # modulate() into z
+        x.addcmul_(gate1, attention(self.attn, z, active=heads))                # (B, L, D)  (c)
         tokens = u if all_on else self.token_selection(x, u)                    # (B, L)
         rows = None if all_on else tokens.flatten().nonzero().squeeze(1)        # (M,), a GPU sync
-        torch.addcmul(shift2, h := self.norm2(x), 1 + scale2, out=h)            # (B, L, D)
+        torch.addcmul(shift2, z := self.norm2(x), 1 + scale2, out=z)            # (B, L, D)
         if all_on or len(rows) == tokens.numel():
-            x.addcmul_(gate2, mlp(self.mlp, h, self.attn.heads, active=groups)) # (B, L, D)
+            x.addcmul_(gate2, mlp(self.mlp, z, self.attn.heads, active=groups)) # (B, L, D)
         elif len(rows):
-            h = mlp(self.mlp, h.flatten(0, 1).index_select(0, rows), self.attn.heads, active=groups)
-            h = (gate2[:, 0].index_select(0, rows // x.shape[1]) * h).to(x.dtype)    # of its image
-            x.view(-1, x.shape[-1]).index_add_(0, rows, h)                      # into (B*L, D)  (d)
+            y = mlp(self.mlp, z.flatten(0, 1).index_select(0, rows), self.attn.heads, active=groups)
+            y = (gate2[:, 0].index_select(0, rows // x.shape[1]) * y).to(x.dtype)    # of its image
+            x.view(-1, x.shape[-1]).index_add_(0, rows, y)                      # into (B*L, D)  (d)
         return x, tokens
 
 
@@ -461,7 +462,7 @@ def cost(cfg):
     """Cost of one image: GMAC, 1e9 multiply-accumulates in matrix products, with every switch on
     and at the target. Both include the routers; a dense DiT has none. The paper's 118.69 GFLOPs of
     DiT-XL/2 are 118.62 of matrix products plus 4 operations for each element that a LayerNorm
-    reads. Idle parameters are 0: no parameter is unused at all times and tokens by design."""
+    reads. Idle parameters are 0: what a token does not use is not fixed but learned."""
     L, D = (cfg.size // cfg.patch) ** 2, cfg.dim
     block = 4 * L * D * D + 2 * L * L * D + 8 * L * D * D + 6 * D * D   # qkvo; QK', AV; MLP; adaLN
     routers = L * (D + 1) * (D // 16) + 2 * D * (cfg.heads - cfg.always_on)

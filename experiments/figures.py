@@ -6,7 +6,7 @@
 Numbers come from experiments/results/runs/*.json, maps from the small models in assets/checkpoints.
 What has not been measured yet is left out, with one line that names it.
 A line is the mean over seeds and its band is one standard deviation. One palette (Okabe and Ito's,
-which colour-blind readers can tell apart): black is the dense DiT, a colour is always the same arm.
+which colour-blind readers can tell apart).
 Needs matplotlib, which is not in requirements.txt.
 Read next: a figure's own function; FIGURES lists them."""
 
@@ -380,6 +380,8 @@ def quality_by_work(args):
             (claims.HALF_800, SKY, "v", "DyDiT 0.5, 800"),
             (claims.PRUNED["magnitude"], RED, "^", "magnitude pruning, 400"),
             (claims.PRUNED["random"], PINK, "^", "random pruning, 400"),
+            (claims.PRUNED_800["magnitude"], RED, "v", "magnitude pruning, 800"),
+            (claims.PRUNED_800["random"], PINK, "v", "random pruning, 800"),
             (claims.tuned("route=random"), GREY, "^", "random masks, 400")]
     kinds = [("loss", "validation loss", lambda r: r["loss"]["mean"]),
              ("samples", "class accuracy, %", lambda r: 100 * r["samples"]["accuracy"])]
@@ -388,7 +390,7 @@ def quality_by_work(args):
 
         def draw(arm, colour, marker, label, ax=ax, need=need, get=get, beside=beside):
             values, work = [get(r) for r in results(arm, need)], runs.work(arm) * 1000
-            ax.errorbar(work + 0.9 * beside[work], mean(values), fmt=marker, color=colour,
+            ax.errorbar(work + 0.6 * beside[work], mean(values), fmt=marker, color=colour,
                         yerr=stdev(values) if len(values) > 1 else None, markersize=9, capsize=4,
                         label=f"{label} ({len(values)})")
             beside[work] += 1
