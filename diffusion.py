@@ -100,7 +100,7 @@ class RectifiedFlow(nn.Module):
 def guide(model, y, none, scale=1.0, channels=None, interval=(0.0, 1.0)):
     """Classifier-free guidance -> f(x, t): the prediction, moved from "no class" towards class y.
 
-    none: the label for "no class" (cfg.classes). scale: 1 is no guidance, one model call per step.
+    none: the label for "no class" (cfg.classes). scale: 1 is no guidance, at half the cost.
     channels: how many channels to guide (None: all C). The official code of DiT, DyDiT and
     DiT-MoE's DDPM guides 3 of the 4 by mistake, and published figures contain it; DTR guides all.
     interval: (lo, hi), the times at which guidance is on."""
@@ -168,8 +168,8 @@ class DDPM(nn.Module):
     def sample_times_and_noise(self, x0, rng):
         """-> t (B,) and noise like x0, as training draws them."""
         first, end = 0, self.T
-        if self.options["weighting"] == "ant-uw":       # each cluster of steps gets as many images;
-            k = self.options["clusters"]                # if k does not divide B, the next batch
+        if self.options["weighting"] == "ant-uw":       # all clusters get equally many images; if
+            k = self.options["clusters"]                # k does not divide B, the next batch
             i = (rng.first + rng.rows) % k              # continues with the next cluster
             first, end = i * self.T // k, (i + 1) * self.T // k
         n = first + (rng.uniform("t") * (end - first)).floor()          # (B,) 0..999
@@ -214,7 +214,7 @@ class DDPM(nn.Module):
         The squared error does not train the second C channels, the variance; this term does. It is
         the KL divergence between the true reverse step (which knows x0) and the network's Gaussian.
         The mean is detached, so that the noise prediction learns from the squared error alone
-        (IDDPM Sec. 3.1). IDDPM adds 1/1000 of the sum over 1000 steps. That is the mean over steps,
+        (IDDPM Sec. 3.1). IDDPM adds 1/1000 of the sum over steps. Of 1000 steps that is the mean,
         so the weight is 1 here, as in DiT. At n = 0 the term is minus the log likelihood of the
         image's 256 grey levels."""
         a = Coefficients(self.table, n)
@@ -277,14 +277,13 @@ class DDPM(nn.Module):
         ddpm: ancestral sampling, new noise in each step. ddim: no new noise with eta 0; with eta 1
         the same as ddpm of the same steps without learned variance. dpm++: DPM-Solver++(2M), second
         order, made for 10 to 30 steps. noise(i) -> the normal numbers of step i, counted from 0.
-        spacing: see respace(). Whatever steps a sampler leaves out, the network gets the ORIGINAL
-        number of a step.
+        spacing (ddpm, ddim): see respace(). The network always gets the ORIGINAL number of a step.
 
         clip_x0: bound every estimate of x0 to [-clip_x0, clip_x0]. Images need 1: at the noisiest
         step of the cosine schedule the signal is 5e-5 of x, so that dividing by it turns an error
         of 0.01 in eps into 200 in x0 (v is not divided). sample.py does so. Latents have no known
         range, so the released samplers do not clip them, nor do we unless a bound is asked for."""
-        kept = steps_even_in_log_snr(self.alphas_cumprod, steps) if solver == "dpm++" else \
+        kept = steps_even_in_half_log_snr(self.alphas_cumprod, steps) if solver == "dpm++" else \
             respace(self.T, steps, spacing or SPACINGS[solver])         # original steps, ascending
         level = self.alphas_cumprod[kept]                               # abar of the steps kept
         table = coefficients(level).to(x)
@@ -292,7 +291,7 @@ class DDPM(nn.Module):
         before = None                                                   # dpm++: lambda, x0 one ago
         for i, n in enumerate(reversed(range(len(kept)))):
             prediction = f(x, kept[n] / self.T)
-            a = Coefficients(table, torch.full((len(x),), n, device=x.device))
+            a = Coefficients(table, slice(n, n + 1))                    # one row for all images
             mean, log_var, x0, eps = self.p_mean_variance(prediction, x, a, clip_x0)
             now, then = level[n].item(), level[n - 1].item() if n else 1.0
             if solver == "ddpm":
@@ -302,7 +301,7 @@ class DDPM(nn.Module):
                 x = math.sqrt(then) * x0 + math.sqrt(max(1 - then - sigma**2, 0)) * eps
                 x = x + sigma * noise(i) if sigma else x                             # DDIM Eq. (12)
             else:
-                x, before = dpm_step(x, x0, now, then, before), (log_snr(now), x0)
+                x, before = dpm_step(x, x0, now, then, before), (half_log_snr(now), x0)
             yield (kept[n - 1] / self.T if n else 0.0), x, x0
 
 
@@ -329,7 +328,7 @@ def respace(T, steps, spacing="linspace"):
                    leading    0 100 200 ... 800 900     the authors' DDIM, where a stride gives
                                                         this many steps (else an error, as theirs)
 
-    leading starts at step 900 (of two steps: at 500), but what it gets for x is pure noise, which
+    leading starts at step 900 (with two steps: at 500), but from an x that is pure noise, which
     spoils the samples of few steps. So trailing is our default of DDIM, and leading is for
     comparisons with released figures."""
     if not 1 <= steps <= T:
@@ -347,13 +346,13 @@ def respace(T, steps, spacing="linspace"):
     return [T - 1] if steps == 1 else [round(i * (T - 1) / (steps - 1)) for i in range(steps)]
 
 
-def steps_even_in_log_snr(abar, steps):
-    """-> steps for DPM-Solver++, evenly spread in lambda = log(alpha / sigma), ascending. Raises
+def steps_even_in_half_log_snr(abar, steps):
+    """-> steps for DPM-Solver++, evenly spread in lambda = log(SNR) / 2, ascending. Raises
     ValueError.
 
-    With steps evenly spread in time, the last of 20 could cross 18 to 30 % of the range of lambda,
-    with a large error. Where the nearest step is already taken, the next lower one is, and the rest
-    is spread evenly again: there are always as many as asked for."""
+    Of 20 steps evenly spread in time, the first would cross 50 % of the range of lambda (cosine),
+    or the last 30 % (linear), with a large error. Where the nearest step is already taken, the next
+    lower one is, and the rest is spread evenly again: there are always as many as asked for."""
     if not 1 <= steps <= len(abar):
         raise ValueError(f"{steps} sampling steps: between 1 and {len(abar)}")
     lam = 0.5 * torch.log(abar / (1 - abar))                            # (T,) falling
@@ -384,15 +383,15 @@ def coefficients(abar):
 
 
 class Coefficients:
-    """Rows n (B,) of the table: each column is an attribute, (B, 1, 1, 1)."""
+    """Rows n (B,), or a slice, of the table: each column is an attribute, (B, 1, 1, 1)."""
 
     def __init__(self, table, n):
         for name, column in zip(NAMES, table[n].unbind(1)):
             setattr(self, name, expand_dims(column))
 
 
-def log_snr(abar):
-    return 0.5 * math.log(abar / (1 - abar))                           # lambda = log(alpha / sigma)
+def half_log_snr(abar):
+    return 0.5 * math.log(abar / (1 - abar))                            # lambda of DPM-Solver++
 
 
 def dpm_step(x, x0, now, then, before):
@@ -401,9 +400,9 @@ def dpm_step(x, x0, now, then, before):
     lambda and x0 of the step before, or None."""
     if then == 1.0:
         return x0                                                       # the last step: no noise
-    h = log_snr(then) - log_snr(now)
+    h = half_log_snr(then) - half_log_snr(now)
     if before:
-        r = (log_snr(now) - before[0]) / h
+        r = (half_log_snr(now) - before[0]) / h
         x0 = x0 + (x0 - before[1]) / (2 * r)                            # Algorithm 2, D_i
     return math.sqrt((1 - then) / (1 - now)) * x - math.sqrt(then) * math.expm1(-h) * x0
 

@@ -30,7 +30,7 @@ Equations (x: the normed and modulated token that DiT's MLP would get: it knows 
     F_e(x) = (silu(x W_gate) * x W_up) W_down, 4D wide inside                                    (d)
     F_s: n_s = 2 shared experts, each D wide, as one network of the same form, 2D wide
     f_e = E n_e / (k T),   p_e = mean of probs_e over T tokens                                   (e)
-    L_balance = sum_e f_e p_e                                   (Eq. 5)                          (f)
+    L_balance = sum_e f_e p_e                                   (Eq. 5 without alpha)            (f)
     L = L_diffusion + alpha * sum over layers of L_balance,   alpha = 0.005                      (g)
 n_e is the number of tokens that chose e, out of k T pairs: f_e = 1 is a fair share. f is a count
 and therefore a constant; the gradient flows through p.
@@ -55,7 +55,7 @@ the 4 D^2 of attention's layers in both, DiT-MoE-XL/2 costs 2.8 times DiT-XL/2. 
     8 experts, k = 2        S/2     B/2     L/2     XL/2    G/2 (16 experts)
     parameters              199M    796M    2.8B    4.2B    16.5B
     activated per token     72M     286M    1.0B    1.5B    3.2B
-    GMAC, with QK' and AV   16      63      222     328     698
+    GMAC/image, QK', AV in  16      63      222     328     698
     GMAC of the same DiT    6       23      81      119
 A controlled study of MoE in SiT-XL (arXiv:2607.24665): FID 5.20 dense, 4.65 with experts, 4.62 with
 a shared expert in addition. The last gain is smaller than the spread over seeds (0.04 to 0.06).
@@ -64,8 +64,8 @@ begin with less than half of the weight of the shared ones.
 What we found (claims M5 and M9 in experiments/README.md; three seeds): without balance loss the
 load is less even (entropy 0.88; 1.00 with it), but every expert is used and the loss is the same;
 with alpha = 0.5 it is 1.3 % higher. On both data sets, on average over the layers, the choice of an
-expert (at most 3 bits) tells 0.47 or 0.48 bits about the position, 0.05 or 0.09 about the step, and
-0.03 or 0.05 about the class. That the step counts more than the class could not be shown. In Fig. 7
+expert (at most 3 bits) tells 0.48 or 0.47 bits about the position, 0.05 or 0.09 about the step, and
+0.05 or 0.03 about the class. That the step counts more than the class could not be shown. In Fig. 7
 the first sampling steps use few experts and later steps use all more evenly; here use is uneven in
 the first and in the last steps.
 
@@ -153,17 +153,18 @@ def top_k_gating(probs, k, renormalize=False):
 
 
 def balance_loss(probs, chosen, scope="batch"):
-    """sum_e f_e p_e (Eq. 5): 1 if the counts are even, E / k at most. 1 is not the minimum: it is
-    0.57 for E = 8, k = 2, if all second choices are the same improbable expert.
+    """sum_e f_e p_e (Eq. 5): 1 if the counts are even, E / k at most. 1 is not the minimum: with 2
+    of 8 it is 0.57 if the first choices are sure, and even over 7 experts, and all second ones the
+    eighth.
 
     probs (B, L, E), chosen (B, L, k) -> loss, and the share of all pairs that each expert got (E,).
-    With scope "batch" the counts are those of all processes, because they multiply p. p is that of
+    With scope "batch" training counts in all processes, because counts multiply p. p is that of
     this process: the loss is linear in p, so DDP's mean of gradients is the gradient of mean p."""
     assigned = torch.zeros_like(probs).scatter(2, chosen, 1.0)                  # (B, L, E)
     count, p = assigned.sum(1), probs.mean(1)                                   # (B, E) each
     if scope == "batch":
         count, p = count.sum(0, keepdim=True), p.mean(0, keepdim=True)          # (1, E) each  (e)
-        if torch.is_grad_enabled():             # else all_gather may wait for ever
+        if torch.is_grad_enabled():             # sampling may run on one process
             count = gather_processes(count).sum(0, keepdim=True)
     share = count / count.sum(1, keepdim=True)                                  # (B or 1, E)
     f = probs.shape[2] * share                          # E n_e / (k T): 1 is a fair share  (e)
@@ -227,7 +228,7 @@ class MoE(nn.Module):
         probs = self.gate(x)                                                    # (B, L, E)
         gates, chosen = top_k_gating(probs, self.cfg.k, self.cfg.renormalize)   # (B, L, k) each
         balance, load = balance_loss(probs, chosen, self.cfg.scope)
-        token = torch.arange(chosen.numel(), device=x.device) // self.cfg.k     # (R,), k times each
+        token = torch.arange(chosen.numel(), device=x.device) // self.cfg.k     # (R,)  0 0 1 1 2 ..
         y = self.experts(x.flatten(0, 1).to(amp_dtype(x)), token, chosen.flatten(), gates.flatten())
         if self.cfg.shared:
             y = y + self.shared_experts(x).flatten(0, 1)                        # (T, D)  (c)
@@ -314,7 +315,7 @@ def from_dense(state, cfg):
     """Sparse upcycling: the weights of a trained DiT -> a DiT-MoE that computes the same and can be
     trained on. Every expert is a copy of the MLP (hence expert="gelu", hidden=4), the weights of a
     token sum to 1 (hence renormalize), the shared experts add 0. Training makes the copies differ,
-    because each sees other tokens.  ValueError if state is not a dense DiT of this depth."""
+    because each gets other tokens.  ValueError if state is not a dense DiT of this depth."""
     model = DiTMoE(replace(cfg, expert="gelu", hidden=4, renormalize=True))
     twin = {"experts.w1": ".mlp.fc1.weight", "experts.b1": ".mlp.fc1.bias",
             "experts.w2": ".mlp.fc2.weight", "experts.b2": ".mlp.fc2.bias"}
@@ -325,10 +326,11 @@ def from_dense(state, cfg):
             nn.init.normal_(w, std=0.02)
         elif name.startswith("shared_experts"):
             w.mul_(0 if "fc2" in name else 1)           # they add nothing at first
-        elif source in state:                           # w1, w2 (E, in, out): E transposed copies
+        elif source in state and f"blocks.{cfg.depth}.attn.qkv.weight" not in state:
+            # w1, w2 (E, in, out): E transposed copies
             w.copy_(state[source].t().expand_as(w) if name in twin else state[source])
         else:
-            raise ValueError(f"not a dense DiT of this depth: it has no {source}")
+            raise ValueError(f"not a dense DiT of depth {cfg.depth}: no {source}, or more blocks")
     return model
 
 
@@ -383,7 +385,7 @@ class Experts(nn.Module):
         return torch.cat([self.one(*own) for own in zip(z.split(sizes), weights)])
 
     def in_one_kernel(self, dtype, device):
-        """Whether F.grouped_mm can compute all experts at once: it wants widths in eights."""
+        """Whether F.grouped_mm can compute all experts at once; widths: multiples of 8."""
         return (dtype == torch.bfloat16 and device in ("cuda", "meta")
                 and all(n % 8 == 0 for n in self.w2.shape[1:]))
 

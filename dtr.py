@@ -4,8 +4,8 @@ Question: one network denoises at a thousand noise levels. The paper calls them 
 that share all weights, and argues that they disturb each other. Can tasks read different channels
 without a new parameter? (adaLN already scales channels by t, but lets every task read all.)
 
-1. Each task reads a window of the channels (its open channels); its blocks see the other channels
-   (the closed ones) as 0. Every window has the same width, a share beta of D.
+1. Each task reads a window of the channels (its open channels); all blocks see the others (the
+   closed ones) as 0. Every window has the same width, a share beta of D.
 2. From data to noise the window slides from the first channels to the last. Neighbouring tasks read
    nearly the same channels, because neighbouring noise levels are similar ("task affinity").
 3. The start of the window grows as t^alpha. With alpha = 4 it hardly moves near the data and moves
@@ -44,10 +44,10 @@ task.
 
 The paper's result, FID (lower is better) of L/2 on ImageNet, guidance 1.5: DiT 12.59, DiT with
 random routing 16.18, DiT with DTR 8.90. (In the authors' follow-up, Switch-DiT, DTR makes XL/2
-worse: 9.40 to 10.85.) What we found at laptop scale (cosine schedule, three seeds; claims T1, T2,
-T6, T8 in experiments/README.md): random routing is worse than none, as in the paper (18.5 % more
-loss). We saw no difference between DTR and DiT, neither in the loss (0.4 ± 1.1 % more) nor in the
-similarity between noise levels (CKA). alpha from 1 to 8 changes nothing; beta = 0.6 costs 4.8 %.
+worse: 9.40 to 10.85.) What we found with --tiny (cosine, v predicted, three seeds; claims T1, T2,
+T6, T8 in experiments/README.md): random routing (per_block) is worse than none, as in the paper
+(18.5 % more loss). We saw no difference between DTR and DiT, neither in loss (0.4 ± 1.1 % more) nor
+in the similarity of noise levels (CKA). alpha from 1 to 8 changes nothing; beta = 0.6 costs 4.8 %.
 
 Letters: B batch, C channels of the image, S its side, P side of a patch, L = (S/P)^2 tokens,
 D width, H heads, N depth, T tasks.  Time: t = 0 is data, t = 1 is noise (see diffusion.py).

@@ -9,7 +9,7 @@ ones alike. Can the router decide how much compute a token deserves?
    none; a token without an expert passes through the residual connection unchanged.
 3. Sampling cannot race: all images have the same t, so every noise level would get k experts per
    token, and an image would depend on its batch. Training therefore tracks the lowest winning
-   score as a moving average tau, and sampling keeps every pair that reaches tau, be it none.
+   score as a moving average tau, and sampling keeps every pair that reaches tau, if any.
 4. Router similarity loss: two experts that often win the same tokens are pushed to score tokens
    differently. An expert that wins too many tokens is pushed to score lower.
 5. Per-layer regularization (PLR): the outputs of blocks grow with depth, so shallow layers count
@@ -34,16 +34,16 @@ Time: t = 0 is data, t = 1 is noise (see diffusion.py).
 
 Equations (x: the normed and modulated token that the MLP of DiT would get); (a), (b), ... mark the
 lines that compute them:
-    r = GELU(x W_1 + b_1)                                       a router in each layer           (a)
+    r = GELU(x W_r + b_r)                                       a router in each layer           (a)
     logits = r W_g + b_g,  gates = G(logits)                                                     (b)
     MoE(x) = sum over the experts e that x won of gates_e F_e(x)      F_e: MLP, h = 4D/split     (c)
     training: assigned = 1 for the K = B*L*k largest gates, v = the K-th                         (d)
               tau <- m tau + (1 - m) v                                                           (e)
     sampling: assigned = 1 where gates >= tau                                                    (f)
-    P' = probs^T probs,  probs = softmax(logits) (T, E)         (E, E)  (Eqs. 9-11)              (g)
+    P' = probs^T probs,  probs = softmax(logits) (T, E)         (E, E)                           (g)
     M' = assigned^T assigned,  assigned (T, E)                  (E, E)                           (h)
     W_ii = E M'_ii / sum_a M'_aa,  W_ij = (E^2 - E) M'_ij / sum_{a != b} M'_ab,  i != j          (i)
-    L_sim = 1/T sum_ij W_ij P'_ij                                                                (j)
+    L_sim = 1/T sum_ij W_ij P'_ij                               (g) to (j): Eqs. 9-11            (j)
     L_plr = mean (r W_t + b_t - diffusion target)^2                                              (k)
     L = L_diffusion + sum over layers of (1e-4 L_sim + 1e-2 L_plr)                               (l)
 G is the identity: a score does not depend on the other scores of its token, so scores of different
@@ -70,30 +70,32 @@ eight experts are in fact four. 1/E shows that 1 is not the minimum: without a t
 experts, the terms i != j of L_sim are 0.
 
 Main result (ImageNet 256x256): it reaches DiT-XL's training loss in 7.2 times fewer iterations at
-equal activated parameters; XL with 4 of 32 experts has FID 3.31, dense XL 6.31 (Table 4). B/2 with
-2 of 8: race 8.03, token choice 9.50, expert choice 10.13 (Table 6). FID falls from 13.66 to 11.56
-with tau, to 8.95 with PLR added, to 8.03 with the similarity loss added (Table 3). Fig. 6 shows
-more experts at low noise; the authors' summary for lay readers calls pure noise harder.
-What we found (claims R5 to R8 in experiments/README.md; three seeds): tau keeps k experts per
-token on average, as in training, and gives the loss of the top-k of the batch within 0.4 %. At low
-noise a token of Fashion-MNIST gets more experts, as in Fig. 6 (2.22 at t = 0.05, 1.91 at 0.95), but
-a token of digits gets fewer (1.77 and 2.27). The similarity loss uses more pairs of experts (Comb
-of Table 2: 45 %; 32 % without it), but so does the balance loss with the same weight (41 %) and,
-with 100 times the weight, far more (72 %). The losses of all four are within 0.7 %. Without PLR we
-see no other loss, and no other growth of the blocks' outputs with depth (R6).
+equal activated parameters; XL with 4 of 32 experts has FID 3.31, dense XL 6.31 (Table 4). Routes:
+race 8.03, token choice 9.50, expert choice 10.13 (Table 6; B/2 with 2 of 8, we infer). FID falls
+from 13.66 to 11.56 with tau, to 8.95 with PLR added, to 8.03 with the similarity loss added
+(Table 3). Fig. 6 shows more experts at low noise; the authors' summary for lay readers calls pure
+noise harder.
+What we found (claims R5 to R8 in experiments/README.md; three seeds, R6: five): tau keeps k experts
+per token on average, as in training, and gives the loss of the top-k of the batch within 0.4 %. At
+low noise a token of Fashion-MNIST gets more experts, as in Fig. 6 (2.22 at t = 0.05, 1.91 at 0.95),
+but a token of digits gets fewer (1.77 and 2.27). With the similarity loss more pairs of experts are
+used (Comb of Table 2: 45 %; 32 % without it). The balance loss gives 41 % with the same weight, and
+72 % with 100 times the weight. The losses of all four are within 0.7 %. We see no effect of PLR on
+the loss or on the growth of the blocks' outputs with depth (R6).
 Read next: select(), then MoE.forward().  The paper's part ends at the first "# -----" line.
 
 Differences and open points. We found no official code or weights. We could read the paper's tables
 and figure captions, but not its running text, so some constants come from re-implementations by
 others. Code A is a training code derived from DiffMoE's, B a gate for LoRA experts, C a library of
 router losses.
-- The weights 1e-4 (similarity) and 1e-2 (PLR), summed over layers, are those of A; B has 1e-5.
+- The weights 1e-4 (similarity; B: 1e-5) and 1e-2 (PLR), summed over layers, are those of A.
 - The similarity loss follows A and C, which agree; C names it Eqs. 9-11 of the paper. The classic
   balance loss has weight 0 here.
-- tau is a moving average in A (m = 0.95) and B (0.99, as here). A starts tau at 1, B at 0; either
-  way tau needs many steps to move away. Here it starts at the first K-th score (our choice).
+- tau (Table 3: "learnable threshold") is a moving average in A (m = 0.95) and B (0.99, as here). A
+  starts tau at 1, B at 0; either way tau needs many steps to move away. Here it starts at the first
+  K-th score (our choice).
 - The top-K ranks gates = G(logits), not logits (our inference). If it ranked logits, every G would
-  select the same pairs, and the large loss of the softmax in Table 1 would be hard to explain.
+  select the same pairs, and the poor FID of the softmax in Table 1 would be hard to explain.
 - The race runs inside one process and one micro-batch (our choice; A races over all processes, as
   pool=global does). The counts of the losses cover all processes.
 - tau is one number per layer; per expert for route "bl", per position for "be" (our choice).
@@ -209,7 +211,7 @@ def experts_loop(experts, x, token, expert, gate):
 class Router(nn.Module):
     """x (B, L, D) -> logits (B, L, E); in training also a prediction of the diffusion target,
     (B, L, P*P*C). Both read the hidden layer r, so per-layer regularization trains r (Fig. 12).
-    In float32: in bf16 many pairs would equal the K-th score, and >= tau keeps them all."""
+    In float32: bf16 scores tie, and up to 1 % more than K pairs would reach the K-th score."""
 
     full_precision = True                               # FSDP must not round these weights
 
@@ -404,7 +406,7 @@ class Experts(nn.Module):
         return torch.cat([self.one(*own) for own in zip(z.split(sizes), weights)])
 
     def in_one_kernel(self, dtype, device):
-        """Whether F.grouped_mm can compute all experts at once: it wants widths in eights."""
+        """Whether F.grouped_mm can compute all experts at once; widths: multiples of 8."""
         return (dtype == torch.bfloat16 and device in ("cuda", "meta")
                 and all(n % 8 == 0 for n in self.w2.shape[1:]))
 

@@ -49,7 +49,7 @@ TINY = dict(steps=1200, batch=32, lr=3e-3, muon_lr=8e-3, warmup=100, cooldown=0.
             ddpm=dict(schedule="cosine", predict="v"))  # a laptop, minutes
 TUNE = dict(TINY, steps=400, lr=1e-3, muon_lr=0.0, warmup=20, ema=0.98, save_every=200,
             sample_every=400)                           # --tiny with --init
-# DiT's recipe, except that the moving average is short at first, and bf16 where it is fast.
+# DiT's recipe with --path ddpm, but the moving average is short at first; bf16 where it is fast.
 PAPER = dict(steps=400_000, batch=256, lr=1e-4, muon_lr=0.0, warmup=0, cooldown=0.0, beta2=0.999,
              ema=0.9999, clip=0.0, save_every=5000, log_every=100, sample_every=0, ddpm={})
 MAX_SKIPPED = 20                                        # skipped updates in a row before giving up
@@ -378,7 +378,7 @@ def parse_args(argv):
     add("--save-every", type=count)
     add("--log-every", type=count)
     add("--sample-every", type=natural, help="0: never")
-    add("--device", help="cuda, mps or cpu (default: the first that is there)")
+    add("--device", help="cuda (default where there is one), cpu or mps (untried)")
     add("--dry-run", action="store_true", help="count parameters and GMACs, then exit")
     args = p.parse_args(argv)
     if args.tiny == bool(args.size):

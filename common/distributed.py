@@ -21,9 +21,9 @@ from common.cli import UserError
 
 
 def select_device(name=None):
-    """cuda, mps or cpu: the name that was asked for, else the first that this machine has."""
-    wanted = name or ("cuda" if torch.cuda.is_available() else
-                      "mps" if torch.backends.mps.is_available() else "cpu")
+    """The device of this name, else cuda if the machine has it, else cpu. A Mac's GPU, mps, was
+    never tried: it has to be asked for."""
+    wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(wanted)
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:

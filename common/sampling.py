@@ -32,7 +32,7 @@ def add_sampling_options(p):
     p.add_argument("--batch", type=count, default=64)
     p.add_argument("--npz", type=Path, help="also this file: arr_0 uint8 RGB, arr_1 labels")
     p.add_argument("--vae", help="decoder of latents, such as stabilityai/sd-vae-ft-ema")
-    p.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    p.add_argument("--device", help="cuda (default where there is one), cpu or mps (untried)")
     add_model_options(p)
 
 

@@ -2,8 +2,8 @@
 
     apt-get install fonts-noto-color-emoji && pip install diffusers accelerate
     python -m data.small_vae --images emoji/ --out small-vae/       # 6 min; draws emoji/
-    python -m data.encode --images emoji/ --out latents/ --vae small-vae/ --size 64
-    python train.py --model dit --tiny --data latents/ --out runs/emoji      # 4 to 6 min
+    python -m data.encode --images emoji/ --out emoji-latents/ --vae small-vae/ --size 64
+    python train.py --model dit --tiny --data emoji-latents/ --out runs/emoji    # 4 to 6 min
     python sample.py runs/emoji/last.pt --vae small-vae/
 
     image (n, 3, S, S) --encoder--> mean, std --sample--> latent --decoder--> image (n, 3, S, S)

@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
-from diffusion import (DDPM, SPACINGS, Coefficients, RectifiedFlow, StepRNG, coefficients,
-                       dpm_step, grey_level_log_likelihood, guide, log_snr, respace, sample_noise,
-                       steps_even_in_log_snr)
+from diffusion import (Coefficients, DDPM, RectifiedFlow, SPACINGS, StepRNG, coefficients, dpm_step,
+                       grey_level_log_likelihood, guide, half_log_snr, respace, sample_noise,
+                       steps_even_in_half_log_snr)
 
 F64 = torch.float64
 MU = torch.rand(1, 1, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -87,11 +87,11 @@ def test_the_second_order_of_dpm_solver_also_holds_between_uneven_steps(r):
         return math.exp(lam) * (math.sin(1 + lam) - math.cos(1 + lam)) / 2
 
     def local_error(h):
-        now, then = 0.5, 1 / (1 + math.exp(-2 * h))             # abar: lambda = log_snr is 0 and h
+        now, then = 0.5, 1 / (1 + math.exp(-2 * h))             # abar: half_log_snr is 0 and h
         x = torch.tensor(0.3, dtype=F64)
         x0, earlier = (torch.tensor(math.sin(1 + lam), dtype=F64) for lam in (0, -r * h))
         exact = math.sqrt(1 - then) * (x / math.sqrt(1 - now) + primitive(h) - primitive(0))
-        assert log_snr(then) == pytest.approx(h)
+        assert half_log_snr(then) == pytest.approx(h)
         return (dpm_step(x, x0, now, then, (-r * h, earlier)) - exact).abs().item()
 
     assert math.log2(local_error(0.02) / local_error(0.01)) == pytest.approx(3, abs=0.1)
@@ -166,7 +166,7 @@ def test_the_first_step_of_dpm_solver_is_a_ddim_step(monkeypatch):
     ddpm = DDPM()
     f = perfect_prediction(ddpm, 0.5)
     monkeypatch.setattr("diffusion.respace", lambda T, steps, spacing:
-                        steps_even_in_log_snr(ddpm.alphas_cumprod, steps))
+                        steps_even_in_half_log_snr(ddpm.alphas_cumprod, steps))
     runs = [ddpm.trajectory(f, NOISE, 60, solver) for solver in ("ddim", "dpm++")]
     (_, x, _), (_, z, _) = map(next, runs)
     assert (x - z).abs().max() < 1e-6
@@ -321,7 +321,7 @@ def test_training_draws_every_step_and_standard_normal_noise():
     lambda: RectifiedFlow("cosine"), lambda: DDPM("quadratic"), lambda: DDPM(weighting="snr"),
     lambda: DDPM(weighting="min-snr", gamma=0.0), lambda: respace(1000, 0),
     lambda: respace(1000, 1001), lambda: respace(1000, 9, "even"),
-    lambda: steps_even_in_log_snr(torch.rand(9), 10)])
+    lambda: steps_even_in_half_log_snr(torch.rand(9), 10)])
 def test_unknown_choices_raise_value_error(make):
     with pytest.raises(ValueError):
         make()
@@ -576,7 +576,7 @@ def test_outside_its_interval_guidance_is_off():
 def test_a_sampler_of_all_1000_steps_leaves_none_out(spacing):
     ddpm = DDPM()
     assert respace(1000, 1000, spacing) == list(range(1000))
-    assert steps_even_in_log_snr(ddpm.alphas_cumprod, 1000) == list(range(1000))
+    assert steps_even_in_half_log_snr(ddpm.alphas_cumprod, 1000) == list(range(1000))
     assert torch.equal(coefficients(ddpm.alphas_cumprod[respace(1000, 1000)]), ddpm.table)
 
 
@@ -596,14 +596,14 @@ def test_the_network_gets_the_original_number_of_every_step(solver, steps, spaci
 
 def test_dpm_solver_takes_equal_steps_of_log_snr():
     a = DDPM().alphas_cumprod
-    step = (a / (1 - a)).log()[steps_even_in_log_snr(a, 20)].diff()
+    step = (a / (1 - a)).log()[steps_even_in_half_log_snr(a, 20)].diff()
     assert ((step / step.mean())[3:] - 1).abs().max() < 0.05    # steps 0 to 3 are too far apart
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("steps", [1, 2, 5, 20, 25, 250, 999])
 def test_dpm_solver_takes_as_many_different_steps_as_asked_for(schedule, steps):
-    kept = steps_even_in_log_snr(DDPM(schedule).alphas_cumprod, steps)
+    kept = steps_even_in_half_log_snr(DDPM(schedule).alphas_cumprod, steps)
     assert kept == sorted(set(kept)) and len(kept) == steps and kept[-1] == 999
     assert steps == 1 or kept[0] == 0
 
@@ -624,7 +624,7 @@ def test_leading_steps_exist_only_where_the_authors_find_a_stride(steps):
 
 def test_a_single_step_starts_from_noise():
     assert [respace(1000, 1, spacing) for spacing in SPACINGS.values()] == [[999], [999]]
-    assert steps_even_in_log_snr(DDPM().alphas_cumprod, 1) == [999]
+    assert steps_even_in_half_log_snr(DDPM().alphas_cumprod, 1) == [999]
 
 
 def test_larger_betas_make_up_for_steps_left_out():

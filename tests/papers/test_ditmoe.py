@@ -419,6 +419,7 @@ def test_from_dense_takes_nothing_but_a_dense_dit_of_this_shape():
     dense = dit.DiT(DENSE).state_dict()
     for state, cfg, missing in ((dense, replace(SMALL, depth=3), "blocks.2"),
                                 (dense, replace(SMALL, qk_norm=True), "blocks.0.attn.q_norm"),
+                                (dense, replace(SMALL, depth=1), "pos_embed"),  # too deep
                                 (woken().state_dict(), SMALL, "blocks.0.mlp")):
-        with pytest.raises(ValueError, match=f"not a dense DiT of this depth: it has no {missing}"):
+        with pytest.raises(ValueError, match=f"not a dense DiT of depth {cfg.depth}: no {missing}"):
             ditmoe.from_dense(state, cfg)
