@@ -69,10 +69,10 @@ grows from noise to data (Fig. 1c). Mean FID of S at 0.5 over five data sets: bo
 What we found (Fashion-MNIST, lambda = 0.5, three seeds; claims Y1, Y5, Y6, Y8, Y9 in experiments/
 README.md): after 800 steps the loss is 2.4 % above the dense parent's. But it is 5.5 % above that
 of a dense DiT which is tuned for 800 steps, too, and 3.2 % above that of one whose weakest half is
-cut first (a random half: no visible difference). With 400 steps, both kinds of router have 13 % less
-loss than tokens only, 14 % less than random masks, and 1.2 % more than width only. The tokens that
-skip are background (AUC 0.83). The flow's width is largest in the middle (0.71 at t = 0.45; 0.38 at
-0.05, 0.28 at 0.95), DDPM's is nearly even.
+cut first (a random half: no visible difference). With 400 steps, both kinds of router have 13 %
+less loss than tokens only, 14 % less than random masks, and 1.2 % more than width only. The tokens
+that skip are background (AUC 0.83). The flow's width is largest in the middle (0.71 at t = 0.45;
+0.38 at 0.05, 0.28 at 0.95), DDPM's is nearly even.
 
 Letters: B batch, C channels, S side of the image, P side of a patch, L = (S/P)^2 tokens, D width,
 H heads, and also the number of groups (each has 4D/H channels), N depth, h active heads, g active

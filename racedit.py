@@ -75,13 +75,14 @@ race 8.03, token choice 9.50, expert choice 10.13 (Table 6; B/2 with 2 of 8, we 
 from 13.66 to 11.56 with tau, to 8.95 with PLR added, to 8.03 with the similarity loss added
 (Table 3). Fig. 6 shows more experts at low noise; the authors' summary for lay readers calls pure
 noise harder.
-What we found (claims R5 to R8 in experiments/README.md; three seeds, R6: five): tau keeps k experts
-per token on average, as in training, and gives the loss of the top-k of the batch within 0.4 %. At
-low noise a token of Fashion-MNIST gets more experts, as in Fig. 6 (2.22 at t = 0.05, 1.91 at 0.95),
-but a token of digits gets fewer (1.77 and 2.27). With the similarity loss more pairs of experts are
-used (Comb of Table 2: 45 %; 32 % without it). The balance loss gives 41 % with the same weight, and
-72 % with 100 times the weight. The losses of all four are within 0.7 %. We see no effect of PLR on
-the loss or on the growth of the blocks' outputs with depth (R6).
+What we found (claims R4 to R8 in experiments/README.md; three seeds, R4 and R6 five): tau keeps k
+experts per token on average, as in training, and gives the loss of the top-k of the batch within
+0.4 %. At low noise a token of Fashion-MNIST gets more experts, as in Fig. 6 (2.22 at t = 0.05, 1.91
+at 0.95), but a token of digits gets fewer (1.77 and 2.27). With the similarity loss more pairs of
+experts are used (Comb of Table 2: 45 %; 32 % without it). The balance loss gives 41 % with the same
+weight, and 72 % with 100 times the weight. The losses of all four are within 0.7 %. We see no
+effect of the gate (identity, sigmoid or softmax: R4) on the loss, and none of PLR on the loss or on
+the growth of the blocks' outputs with depth (R6).
 Read next: select(), then MoE.forward().  The paper's part ends at the first "# -----" line.
 
 Differences and open points. We found no official code or weights. We could read the paper's tables
