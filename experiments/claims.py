@@ -321,8 +321,7 @@ def stored_results(claims, from_scratch=None, most=50):
                     result = Run(x, seed, from_scratch, device).result()
                     own |= {seed: result} if result else {}
             found[device][x] = own
-    return {c.id: max(({x: {s: r for s, r in found[d].get(x, {}).items() if need <= set(r)}
-                        for x, need in c.needs().items()} for d in ("cpu", "cuda")),
+    return {c.id: max(({x: found[d][x] for x in c.needs()} for d in found),
                       key=lambda arms: sum(map(len, arms.values()))) for c in claims}
 
 

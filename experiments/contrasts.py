@@ -158,9 +158,11 @@ class Contrast:
         return [x for x in (self.a, self.b, *self.beyond) if x is not None]
 
     def values(self, results):
-        """results: {arm: {seed: result}} -> one difference for each seed that all arms have."""
-        q, seeds = QUANTITIES[self.quantity], set.intersection(
-            *(set(results.get(x, {})) for x in self.arms))
+        """results: {arm: {seed: result}} -> one difference for each seed that is measured in all
+        arms."""
+        q = QUANTITIES[self.quantity]
+        seeds = set.intersection(*({s for s, r in results.get(x, {}).items() if q.need in r}
+                                   for x in self.arms))
         values = []
         for seed in sorted(seeds):
             r = [results[x][seed] for x in self.arms]
