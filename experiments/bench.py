@@ -57,6 +57,7 @@ from common.checkpoint import load_model
 from common.cli import Parser, UserError, number, run_program
 from common.distributed import tune_malloc, wants_bf16
 from common.files import read_json, write_json
+from common.muon import Muon
 from diffusion import DIFFUSIONS, RectifiedFlow, StepRNG
 from sample import generate
 
@@ -287,15 +288,15 @@ class Stopwatch:
 PARTS = ("forward", "backward", "data", "optimizer", "EMA", "clip")
 
 
-def split_step(net, steps, model="dit", extra=()):
+def split_step(net, steps, model):
     """train.main as it is, with a stopwatch on its parts -> seconds of every step, part by part."""
     table = []
     with tempfile.TemporaryDirectory() as out, Stopwatch() as watch:
         for owner, name, label in (
                 (importlib.import_module(model).Model, "forward", "forward"),
                 (torch.Tensor, "backward", "backward"), (train, "get_batches", "data"),
-                (torch.optim.AdamW, "step", "optimizer"), (train, "update_ema", "EMA"),
-                (train, "clip_gradients", "clip")):
+                (torch.optim.AdamW, "step", "optimizer"), (Muon, "step", "optimizer"),
+                (train, "update_ema", "EMA"), (train, "clip_gradients", "clip")):
             watch.time(owner, name, label)
         last, end_of_step = [watch.clock(), watch.spent.copy()], train.Progress.step
 
@@ -310,7 +311,7 @@ def split_step(net, steps, model="dit", extra=()):
 
         watch.replace(train.Progress, "step", next_step)
         with contextlib.redirect_stdout(io.StringIO()):
-            train.main(arguments(net, out, model, ("--steps", str(steps), *extra)))
+            train.main(arguments(net, out, model, ("--steps", str(steps))))
     return {k: torch.tensor([row[k] for row in table[min(2, steps - 1):]]) for k in table[0]}
 
 
@@ -483,6 +484,17 @@ def set_routers(model, heads, groups, tokens, inputs):
         router.mlp_head[2].bias -= seen[0].quantile(1 - tokens) if tokens < 1 else seen[0].min() - 1
 
 
+def set_ratio(model, target, mix, inputs):
+    """Let the routers spend this share of the FLOPs -> heads, groups, and the share of tokens."""
+    H = model.cfg.heads
+    h, g = (round(share * H) for share in DYDIT_MIXES[target, mix])
+    no_mlp = torch.ones(1), torch.ones(1), torch.zeros(1)
+    attention = dydit.flops_per_token(*no_mlp, model.cfg).item()        # its share of a block
+    tokens = min((target - attention * h / H) / ((1 - attention) * g / H), 1.0)
+    set_routers(model, h, g, tokens, inputs)
+    return h, g, tokens
+
+
 def dydit_case(shapes):
     """DyDiT masked and sliced : the static network, one forward at the target's FLOPs."""
     for (dim, heads), (target, mix), batch in shapes["dydit"]:
@@ -498,17 +510,10 @@ def dydit_case(shapes):
 def dydit_forward(dim, heads, target, mix, batch, n, depth=6):
     """One forward of a network of random weights, 256 tokens, that spends exactly the target."""
     size = dict(size=32, patch=2, dim=dim, heads=heads, depth=depth, learn_sigma=False)
-    torch.manual_seed(0)
-    model, static = dydit.DyDiT(dydit.Config(**size)).eval(), dit.DiT(dit.Config(**size)).eval()
-    for p in model.parameters():                            # a fresh network's gates are 0
-        p += 0.02 * torch.randn_like(p) if p.requires_grad else 0
-    static.load_state_dict({k: model.state_dict()[k] for k in static.state_dict()})
+    model, static = awake(dydit.DyDiT(dydit.Config(**size))).eval(), dit.DiT(dit.Config(**size))
+    static.eval().load_state_dict({k: model.state_dict()[k] for k in static.state_dict()})
     inputs = torch.randn(batch, 4, 32, 32), torch.full((batch,), 0.4), torch.arange(batch)
-    h, g = (round(share * heads) for share in DYDIT_MIXES[target, mix])
-    no_mlp = torch.ones(1), torch.ones(1), torch.zeros(1)
-    attention = dydit.flops_per_token(*no_mlp, model.cfg).item()        # its share of a block
-    tokens = min((target - attention * h / heads) / ((1 - attention) * g / heads), 1.0)
-    set_routers(model, h, g, tokens, inputs)
+    h, g, tokens = set_ratio(model, target, mix, inputs)
     times = rounds({"static": lambda: static(*inputs),
                     "masked": lambda: model(*inputs, sliced=False),
                     "sliced": lambda: model(*inputs, sliced=True)}, n)
@@ -550,25 +555,27 @@ def dydit_sampling(shapes, guidance=2.0):
 # ------------------------------------------------------------------------------- growth
 
 
-def whole_step(module, cfg, batch):
-    """A training step of train.py's own parts, without reading data -> f(), parameters."""
-    diffusion, model = RectifiedFlow(), awake(module.Model(cfg)).train()
-    ema, groups = copy.deepcopy(model).eval(), getattr(module, "param_groups", None)
-    optimizer = torch.optim.AdamW(
-        groups(model, 3e-3) if groups else [p for p in model.parameters() if p.requires_grad],
-        lr=3e-3, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-    x0, _, y = network_inputs(cfg, batch)
-    rng = StepRNG(0, 0, batch, torch.arange(batch))
+def whole_step(module, model, batch, recipe, device=CPU, half=False):
+    """A training step of train.py's own parts on random images -> f(). recipe: --tiny, or --size
+    and a size. half: in bf16."""
+    diffusion, ema = RectifiedFlow(), copy.deepcopy(model).eval().requires_grad_(False)
+    args = train.parse_args(["--model", module.__name__, *recipe])
+    optimizers = train.make_optimizers(args, module, model, diffusion, device)
+    x0, _, y = network_inputs(model.cfg, batch, device)
     loss_of = getattr(module, "loss", train.default_loss)
 
-    def go():
-        loss, aux = loss_of(diffusion, model, x0, y, 0, rng)
+    def step():
+        rng = StepRNG(0, 5, batch, torch.arange(batch), device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            loss, aux = loss_of(diffusion, model, x0, y, 5, rng)
         (loss + sum(v for k, v in aux.items() if k.endswith("_loss"))).backward()
-        train.clip_gradients(1.0, model, dict(loss=loss.detach()), diffusion, 1)
-        optimizer.step()
+        train.clip_gradients(args.clip, model, dict(loss=loss.detach().double()), diffusion, 1)
+        for optimizer, _ in optimizers:
+            optimizer.step()
         train.update_ema(ema, model, 0.99)
-        optimizer.zero_grad()
-    return go, sum(p.numel() for p in model.parameters())
+        for optimizer, _ in optimizers:
+            optimizer.zero_grad()
+    return step
 
 
 def growth(shapes):
@@ -587,17 +594,19 @@ def growth(shapes):
 
 def grow(module, what, cfgs, batches, n):
     torch.manual_seed(0)
-    made = {v: whole_step(module, cfg, b) for (v, cfg), b in zip(cfgs.items(), batches)}
-    times = rounds({v: f for v, (f, _) in made.items()}, n)
+    models = {v: awake(module.Model(cfg)).train() for v, cfg in cfgs.items()}
+    parameters = {v: sum(p.numel() for p in model.parameters()) for v, model in models.items()}
+    times = rounds({v: whole_step(module, model, b, ["--tiny"])
+                    for (v, model), b in zip(models.items(), batches)}, n)
     first, copy, work = next(iter(cfgs)), copy_rate(), {
         v: b * module.cost(cfg)["GMAC"] for (v, cfg), b in zip(cfgs.items(), batches)}
     start = times[first][:, 0].median().item()
     for v, b in zip(cfgs, batches):
         ratio = (times[v] / times[first]).median(0).values.tolist()
-        yield dict(model=module.__name__, what=what, value=v, batch=b, parameters=made[v][1],
+        yield dict(model=module.__name__, what=what, value=v, batch=b, parameters=parameters[v],
                    GMAC=3 * work[v], step_s=times[v][:, 0].median().item(), step=ratio[0],
                    step_wall=ratio[1], per_mac=ratio[0] * work[first] / work[v],
-                   floor=floor_seconds(module, cfgs[v], b, 3, n, made[v][1], copy) / start)
+                   floor=floor_seconds(module, cfgs[v], b, 3, n, parameters[v], copy) / start)
 
 
 # ------------------------------------------------------------------------------- memory
@@ -688,7 +697,7 @@ def parse_args(argv):
 
 def main(argv):
     args = parse_args(argv)
-    shapes = dict(MICRO if args.micro else FULL, dense=args.dense, json=args.json)
+    shapes = dict(MICRO if args.micro else FULL, dense=args.dense)
     shapes |= {"fine-tuned": args.dydit, "rounds": args.rounds or shapes["rounds"]}
     torch.set_num_threads(1)
     tune_malloc()                                           # as train.py

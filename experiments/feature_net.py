@@ -91,7 +91,7 @@ def train(images, epochs, batch=128, lr=4e-3, seed=0, log=print):
     """AdamW with warm-up and cosine decay, smoothed labels, shifted (and mirrored) images of a
     Dataset -> the network."""
     torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)
+    batch, generator = min(batch, len(images)), torch.Generator().manual_seed(seed)
     net = FeatureNet(images.channels, images.classes)
     opt = torch.optim.AdamW(net.parameters(), lr, weight_decay=0.05)
     steps, step, start = epochs * (len(images) // batch), 0, time.time()

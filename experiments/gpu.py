@@ -21,7 +21,6 @@ import contextlib
 import copy
 import functools
 import importlib
-import importlib.util
 import io
 import json
 import math
@@ -547,27 +546,6 @@ def torchrun(name, *options):
 # ------------------------------------------------------------------------------- how fast?
 
 
-def step_of_training(module, model, batch):
-    """A step of train.py's own parts on random latents -> f()."""
-    cfg, diffusion = model.cfg, RectifiedFlow()
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    args = train.parse_args(["--model", module.__name__, "--size", "S/2"])
-    (optimizer, _), = train.make_optimizers(args, module, model, diffusion, here.device)
-    loss_of = getattr(module, "loss", train.default_loss)
-    x0, _, y = bench.network_inputs(cfg, batch, here.device)
-
-    def step(half=True):
-        rng = StepRNG(0, 5, batch, torch.arange(batch), here.device)
-        with amp(half):
-            loss, aux = loss_of(diffusion, model, x0, y, 5, rng)
-        (loss + sum(v for k, v in aux.items() if k.endswith("_loss"))).backward()
-        train.clip_gradients(0.0, model, dict(loss=loss.detach().double()), diffusion, 1)
-        optimizer.step()
-        train.update_ema(ema, model, 0.999)
-        optimizer.zero_grad()
-    return step
-
-
 def training(name, size, batch, how="eager", depth=None):
     """A training step: img/s, MFU (the share of the card's peak), memory, and what memory.py plans
     for it. name "plain": a DiT as one would first write it."""
@@ -582,17 +560,18 @@ def training(name, size, batch, how="eager", depth=None):
     with torch.device(here.device):
         model = bench.plain(cfg) if name == "plain" else module.Model(cfg)
     model = bench.awake(model, here.device).train()
-    step, start = step_of_training(module, model, batch), time.time()
-    if how == "compiled blocks":
-        for block in model.blocks:
-            block.compile(fullgraph=True, backend="eager" if here.micro else "inductor")
-        if not on_gpu() and hasattr(module, "Experts"):     # their loop does not compile in bf16
-            step = functools.partial(step, half=False)
+    for block in model.blocks if how == "compiled blocks" else ():
+        block.compile(fullgraph=True, backend="eager" if here.micro else "inductor")
+    # On a CPU the loop over experts does not compile in bf16.
+    half = on_gpu() or how == "eager" or not hasattr(module, "Experts")
+    step = bench.whole_step(module, model, batch, ["--size", "S/2"], here.device, half)
+    start = time.time()
     step()
     first, s = time.time() - start, seconds(step, 8, 2)
     flops = 6 * module.cost(cfg)["GMAC"] * 1e9 * batch / s      # a MAC is 2, backward twice forward
     card = torch.cuda.get_device_name() if on_gpu() else ""
     peak = next((peak for name_of, peak in PEAK.items() if name_of in card), None)
+    size += f", {depth} blocks" if depth else ""
     row = dict(model=name, size=size, depth=cfg.depth, batch=batch, how=how, step_s=s,
                img_s=batch / s, first_step_s=first, tflops=flops / 1e12,
                mfu=flops / peak if peak else None)
@@ -672,7 +651,7 @@ def kernel_seconds(f):
 
 
 @torch.no_grad()
-def sampling(size, batch, kind="both", target=0.5):
+def sampling(size, batch, kind="both"):
     """One guided model call (a sampler is 25) of DiT in bf16 and TF32, and of DyDiT at half of the
     FLOPs, masked and sliced; the target is 0.60 of DiT's time. _kernels: what a faster host would
     leave of it, for slicing waits for the GPU once per layer."""
@@ -681,11 +660,7 @@ def sampling(size, batch, kind="both", target=0.5):
     static = build("dit", dit.Config(**{k: vars(cfg)[k] for k in vars(dit.Config())})).eval()
     static.load_state_dict({k: model.state_dict()[k] for k in static.state_dict()})
     inputs = inputs_of(cfg, 2 * batch)                  # guidance: with and without the class
-    heads, groups = (round(share * cfg.heads) for share in bench.DYDIT_MIXES[target, kind])
-    one, none = torch.ones(1), torch.zeros(1)
-    share = dydit.flops_per_token(one, one, none, cfg).item()           # attention's, of a block
-    tokens = (target - share * heads / cfg.heads) / ((1 - share) * groups / cfg.heads)
-    bench.set_routers(model, heads, groups, min(tokens, 1.0), inputs)
+    bench.set_ratio(model, 0.5, kind, inputs)
     rows = []
     ways = dict(static=(static, {}), masked=(model, dict(sliced=False)),
                 sliced=(model, dict(sliced=True)))
@@ -715,15 +690,6 @@ def quality(name):
         found = read_json(f"{out}/m.json")
     return dict(model=name, took=took, img_s=lines[-1]["images_per_s"],
                 loss=lines[-1]["loss"], metrics=found)
-
-
-def claims():
-    """The papers' claims on this device, where experiments/claims.py exists."""
-    if here.micro or not importlib.util.find_spec("experiments.claims"):
-        return dict(skipped=True)
-    command = [sys.executable, "-m", "experiments.claims", "--device", here.device.type]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    return dict(said=done.stdout[-3000:], error=done.stderr[-1000:], ok=not done.returncode)
 
 
 # ------------------------------------------------------------------------------- the order
@@ -765,8 +731,7 @@ def table():
     cases |= {f"speed {m} XL/2": (60, training, m, "XL/2", 32) for m in ("dydit", "dtr")}
     cases["speed sampling B/2"] = (40, sampling, "B/2", 256)
     cases["speed sampling B/2 small"] = (40, sampling, "B/2", 2, "width")
-    cases |= {f"quality {m}": (240, quality, m) for m in ("dit", "racedit", "ditmoe", "dtr")}
-    return cases | {"claims": (600, claims)}
+    return cases | {f"quality {m}": (240, quality, m) for m in ("dit", "racedit", "ditmoe", "dtr")}
 
 
 def chosen(args):

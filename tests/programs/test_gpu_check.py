@@ -90,7 +90,7 @@ def test_the_driver_replaces_a_worker_that_died_and_one_that_hangs(tmp_path):
 
 
 @pytest.mark.parametrize("start, until, only, expected", [
-    (None, "group", None, ["machine"]), ("claims", None, None, ["claims"]),
+    (None, "group", None, ["machine"]), ("quality dtr", None, None, ["quality dtr"]),
     (None, None, "waits di|golden", ["golden", "waits dit", "waits ditmoe"]),
     ("models r", "models dt", None, ["models racedit", "models dydit"])])
 def test_from_until_and_only_choose_cases_by_the_beginning_of_their_names(start, until, only,
