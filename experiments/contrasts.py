@@ -1,8 +1,9 @@
 """Contrasts and claims: what is compared with what, and how a verdict follows.
 
-Arms of a contrast are paired by seed: they see the same images, times and noise. Of n paired
-differences d we take the mean and its 95 % t interval, mean +- t(n-1) s / sqrt(n). The half width
-is the smallest difference that the contrast could have shown, and stands beside every difference.
+Arms of a contrast are paired by seed: they see the same images and noise, and the same times unless
+one of them is a DyDiT and the other is not (dydit.loss draws its own). Of n paired differences d we
+take the mean and its 95 % t interval, mean +- t(n-1) s / sqrt(n). The half width is the smallest
+difference that the contrast could have shown, and stands beside every difference.
 
     expected: less     [--|---]   0            the whole interval below 0: yes
     (loss of ours           0   [---|--]       above 0: no
@@ -56,19 +57,21 @@ class Quantity:
 
 
 def speedup(a, b, window=4):
-    """How many times earlier a reached the final training loss of b, minus 1 -> float. Losses are
-    means over `window` lines of the log. -0.5 at least, if a never reached it."""
+    """How many times earlier than b, minus 1, a had the loss at which the worse of both ends ->
+    float, 0 if a is b. Losses are means over `window` lines of the log."""
     def smooth(log):
         return [(log[i][0], mean(loss for _, loss in log[max(0, i - window + 1) : i + 1]))
                 for i in range(len(log))]
     a, b = smooth(a["log"]), smooth(b["log"])
-    reached = [step for step, loss in a if loss <= b[-1][1]]
-    return b[-1][0] / reached[0] - 1 if reached else -0.5
+    goal = max(a[-1][1], b[-1][1])                      # both reach it
+    first = [next(step for step, loss in log if loss <= goal) for log in (a, b)]
+    return first[1] / first[0] - 1
 
 
-def layers(key, part):
+def bits(part, layers=slice(None)):
     """The mean over DiT-MoE's layers of bits of information, without those by chance."""
-    return lambda r: mean(s["information"][part] - s["by_chance"][part] for s in r[key]["layers"])
+    return lambda r: mean(s["information"][part] - s["by_chance"][part]
+                          for s in r["experts"]["layers"][layers])
 
 
 def thirds(values):
@@ -106,13 +109,14 @@ QUANTITIES = {q.name: q for q in [
              lambda r: mean(s["load_entropy"] for s in r["experts"]["layers"]),
              title="load entropy (1: experts are used evenly)"),
     Quantity("dead experts", "experts", lambda r: sum(s["dead"] for s in r["experts"]["layers"])),
-    Quantity("bits about position", "experts", layers("experts", "position"), False, "bit",
+    Quantity("bits about position", "experts", bits("position"), False, "bit",
              "what a choice says about position"),
-    Quantity("bits about step", "experts", layers("experts", "step"), False, "bit",
+    Quantity("bits about step", "experts", bits("step"), False, "bit",
              "what a choice says about step"),
-    Quantity("bits about class", "experts", layers("experts", "class"), False, "bit"),
-    Quantity("bits about step, minus class", "experts", lambda r: layers("experts", "step")(r)
-             - layers("experts", "class")(r), False, "bit", "about step, minus class"),
+    Quantity("bits about class", "experts", bits("class"), False, "bit"),
+    Quantity("bits about step, block 1", "experts", bits("step", slice(1)), False, "bit"),
+    Quantity("bits about step, minus class", "experts",
+             lambda r: bits("step")(r) - bits("class")(r), False, "bit", "about step, minus class"),
     Quantity("width, clean - noisy", "schedule",
              lambda r: 100 * thirds(r["schedule"]["width"]), False, "points",
              "active width, low minus high noise"),
@@ -121,8 +125,6 @@ QUANTITIES = {q.name: q for q in [
     Quantity("AUC - 0.5, t < 0.5", "schedule", lambda r: mean(r["schedule"]["auc"][:5]) - 0.5),
     Quantity("CKA, noisy times", "cka", lambda r: r["cka"]["noisy"]),
     Quantity("CKA, clean times", "cka", lambda r: r["cka"]["clean"]),
-    Quantity("bits about step, block 1", "experts", lambda r: layers("experts", "step")(
-        dict(experts=dict(layers=r["experts"]["layers"][:1]))), False, "bit"),
     *(Quantity(f"change by other images, {way}", "threshold",
                lambda r, way=way: 100 * r["threshold"][way]["neighbours"], False, "%")
       for way in ("tau", "topk")),
@@ -188,7 +190,6 @@ class Stored:
     file: str
     rows: object                    # content of the file -> numbers
     title: str
-    command: str                    # that writes the file
     expect: str = "equal"
     margin: float = 0.0
     unit: str = "%"
@@ -206,7 +207,8 @@ class Stored:
 
 @dataclass(frozen=True)
 class Found:
-    """outcome: yes, no, UNSEEN, mixed, or "not run yet" with fewer than two values."""
+    """outcome: yes, no, UNSEEN, mixed, "-" (nothing expected), or "not run yet" with fewer than two
+    values."""
 
     outcome: str
     n: int
@@ -290,6 +292,7 @@ class Claim:
         for c in self.contrasts:
             for x in c.arms if not c.seeds or seed < c.seeds else ():
                 found.setdefault(x, set()).update({QUANTITIES[c.quantity].need, "loss"})
+                found[x] |= {"schedule"} if x.model == "dydit" else set()   # its measured work
         return found
 
 

@@ -115,12 +115,11 @@ SEEDS = "in brackets: seeds"
 # ------------------------------------------------------------------------ the four panels
 
 
-@torch.no_grad()
-def favourite_experts(model, diffusion, classes=10):
-    """DiT-MoE -> the expert that each position chooses most often, (M, n, n)."""
-    counts = sample_and_count(model, diffusion, torch.arange(classes).repeat(4), steps=10)[0]
+def favourite_experts(model, diffusion, images, steps):
+    """DiT-MoE -> the counts, and the expert that each position chooses most often, (M, n, n)."""
+    counts = sample_and_count(model, diffusion, torch.arange(10).repeat(images), steps)[0]
     n = model.cfg.size // model.cfg.patch
-    return counts.position_step[0].sum(1).argmax(-1).unflatten(1, (n, n)).numpy()
+    return counts, counts.position_step[0].sum(1).argmax(-1).unflatten(1, (n, n)).numpy()
 
 
 @torch.no_grad()
@@ -148,8 +147,8 @@ def panel_dtr(fig, where):
 def panel_ditmoe(fig, where):
     ax = fig.add_subplot(where)
     model, diffusion = shipped("ditmoe")
-    favourite = favourite_experts(model, diffusion)[model.cfg.depth // 2]
-    show_experts(ax, favourite, model.cfg.experts)
+    _, favourite = favourite_experts(model, diffusion, 4, 10)
+    show_experts(ax, favourite[model.cfg.depth // 2], model.cfg.experts)
     name_axes(ax, "column of patches", "row of patches", "DiT-MoE: favourite expert by position")
 
 
@@ -299,14 +298,12 @@ def alpha(args):
     save(fig, "alpha", args.out)
 
 
-@torch.no_grad()
 def expert_maps(args):
-    """The favourite expert by position in all layers; one layer's use by step and by class."""
+    """Of each layer: the favourite expert by position, and the use by step and by class."""
     model, diffusion = shipped("ditmoe")
-    counts = sample_and_count(model, diffusion, torch.arange(10).repeat(8), steps=25)[0]
-    n, M = model.cfg.size // model.cfg.patch, counts.position_step.shape[1]
+    counts, favourite = favourite_experts(model, diffusion, 8, 25)
+    M = len(favourite)
     fig, rows = plt().subplots(3, M, figsize=(3.1 * M, 9.6))
-    favourite = counts.position_step[0].sum(1).argmax(-1).unflatten(1, (n, n)).numpy()
     used = {"sampling step (0: noise)": counts.position_step[0].sum(2),
             "class": counts.by_class[0]}                                        # (M, A, E) each
     for m in range(M):

@@ -90,7 +90,7 @@ def moe(model, x_t, found):
     tiles = [images(x_t, 0)] + [tile(f"layer {m}", "choice", side, favourite[:, m])
                                 for m in range(first.shape[1])]
     return tiles, [curve("share of images that agree", share)], \
-        "The expert that most of 100 images choose first, by position, layer and noise level."
+        "The expert that 100 images choose first most often, by position, layer and noise level."
 
 
 def switches(model, x_t, found):

@@ -27,8 +27,8 @@ class Job:
 
 
 def jobs_of(claim, seeds=None, from_scratch=None, device="cpu", all_needs=None):
-    """The jobs of one claim: parents before children, seed by seed. all_needs: what any claim asks
-    of an arm, so that a run is measured once."""
+    """The jobs of one claim: parents before children, seed by seed. all_needs: what any of
+    the chosen claims asks of an arm, so that a run is measured once."""
     jobs = {}
     for seed in range(claim.seeds if seeds is None else seeds):
         for x, needs in claim.needs(seed).items():

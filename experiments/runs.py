@@ -102,14 +102,15 @@ def plan(arm, from_scratch=None):
     diffusion = make_diffusion(args, before)
     cfg = make_config(args, module, diffusion, None, before)
     cost = {k: v for k, v in module.cost(cfg).items() if "GMAC" in k}
-    return dict(recipe={k: vars(args)[k] for k in RECIPE if k in vars(args)},
+    recipe = {k: vars(args)[k] for k in RECIPE}
+    return dict(recipe=recipe | ({"parent": dense["recipe"]} if arm.parent else {}),
                 diffusion=dict(kind=diffusion.kind, options=diffusion.options),
                 config=asdict(cfg), cost=cost)
 
 
-def work(arm, from_scratch=None):
+def work(arm):
     """Activated GMAC of one image, routers included; of DyDiT at its target."""
-    cost = plan(arm, from_scratch)["cost"]
+    cost = plan(arm)["cost"]
     return cost.get("GMAC at the target", cost["GMAC"])
 
 
@@ -134,8 +135,8 @@ class Run:
         file = RESULTS / f"{self.name}.json"
         if not file.exists():
             return None
-        found, now = read_json(file), plan(self.arm, self.from_scratch)
-        return found if all(found[k] == now[k] for k in ("recipe", "diffusion", "config")) else None
+        found = read_json(file)
+        return found if self.about().items() <= found.items() else None
 
     def missing(self, needs):
         """-> the measurements of `needs` that are not stored yet."""
@@ -145,8 +146,7 @@ class Run:
         """Estimated minutes of one core until `needs` are measured (fewer with a GPU)."""
         missing, minutes = self.missing(needs), 0.0
         if missing and not self.trained():
-            relative = work(self.arm, self.from_scratch) / work(DENSE, self.from_scratch)
-            steps = self.arm.steps(self.from_scratch)
+            relative, steps = work(self.arm) / work(DENSE), self.arm.steps(self.from_scratch)
             minutes = STEP_SECONDS[self.arm.model] * max(relative, 0.3) * steps / 60
         return minutes + sum(MEASURE_MINUTES.get(k, 0.2) for k in missing)
 
@@ -248,15 +248,13 @@ def sample_and_evaluate(model, diffusion, held_out, n=SAMPLES, steps=25, solver=
 
 
 def noised(model, diffusion, held_out, u, n):
-    """The same n images and noise at one time -> x_t, t, y, on the model's device, and x0."""
+    """The same n images and noise at one time -> x_t, t, y, x0, noise, on the model's device."""
     ids = torch.linspace(0, len(held_out) - 1, n).long()
     x0, y = held_out.batch(ids)
     t = diffusion.from_uniform(torch.full((n,), u))
     noise = sample_noise(0, ids.tolist(), x0.shape[1:])
-    device = next(model.parameters()).device
-    x, t, y, x0, noise = (v.to(device) for v in (diffusion.q_sample(x0.to(device), noise.to(
-        device), t.to(device)), t, y, x0, noise))
-    return x, t, y, x0, noise
+    t, y, x0, noise = (v.to(next(model.parameters()).device) for v in (t, y, x0, noise))
+    return diffusion.q_sample(x0, noise, t), t, y, x0, noise
 
 
 TENTHS = [(i + 0.5) / 10 for i in range(10)]
@@ -352,10 +350,8 @@ def auc(score, positive):
 @torch.no_grad()
 def cka(model, diffusion, held_out):
     """CKA of every block between ten times, and its means over pairs of clean and noisy times."""
-    ids = torch.linspace(0, len(held_out) - 1, 32).long()
-    x0, y = held_out.batch(ids)
-    noise = sample_noise(0, ids.tolist(), x0.shape[1:])
-    matrices = analyze_dtr.cka(model.cpu(), diffusion.cpu(), x0, y, noise)      # (N, 10, 10)
+    _, _, y, x0, noise = noised(model.cpu(), diffusion.cpu(), held_out, 0.5, 32)
+    matrices = analyze_dtr.cka(model, diffusion, x0, y, noise)                  # (N, 10, 10)
     halves = [((m.sum((1, 2)) - 5) / 20).mean().item()
               for m in (matrices[:, :5, :5], matrices[:, 5:, 5:])]
     return dict(matrices=[[[round(v, 4) for v in row] for row in m] for m in matrices.tolist()],

@@ -97,6 +97,16 @@ def test_work_counts_the_router_and_dydits_target():
     assert 0.5 < runs.work(claims.HALF) / runs.work(DENSE) < 0.53
 
 
+def test_the_column_work_tells_what_dydit_really_spent():
+    contrast = BY_ID["Y5"].contrasts[0]                         # DyDiT : pruning, target 0.5
+    ours, theirs = contrast.arms
+    spent = {share: dict(schedule=dict(flops=[share, share])) for share in (0.5, 0.6)}
+    assert claims.measured_work(contrast, {}) == "1.000"
+    assert claims.measured_work(contrast, {ours: {0: spent[0.5]}, theirs: {}}) == "1.000"
+    more = float(claims.measured_work(contrast, {ours: {0: spent[0.6]}, theirs: {0: spent[0.5]}}))
+    assert 1.15 < more < 1.2                                    # all but the blocks stays equal
+
+
 # ------------------------------------------------------------------------ verdicts
 
 
@@ -157,7 +167,10 @@ def test_steps_to_the_rivals_final_loss():
     rival = dict(log=[[s, 10.0 - s / 100] for s in range(100, 1001, 100)])
     twice = dict(log=[[s, 10.0 - s / 50] for s in range(100, 1001, 100)])
     assert contrasts.speedup(twice, rival, window=1) == pytest.approx(1.0)
-    assert contrasts.speedup(rival, rival) == 0 and contrasts.speedup(rival, twice) == -0.5
+    assert contrasts.speedup(rival, rival) == 0
+    assert contrasts.speedup(rival, twice, window=1) == pytest.approx(-0.5)
+    bump = dict(log=[[100, 9.0], [200, 5.0], [300, 5.5]])       # ends above its own best loss
+    assert contrasts.speedup(bump, bump, window=1) == 0
 
 
 # ------------------------------------------------------------------------ the queue
@@ -200,6 +213,18 @@ def test_a_result_of_another_recipe_or_length_does_not_count(folders, monkeypatc
     content["recipe"]["lr"] *= 2
     (runs.RESULTS / f"{run.name}.json").write_text(json.dumps(content))
     assert run.result() is None and run.missing({"loss"}) == ["loss"]
+
+
+def test_a_child_of_another_recipes_parent_does_not_count(folders, monkeypatch):
+    run = Run(claims.HALF, 0)
+    store(run, loss={})
+    assert run.result()
+    monkeypatch.setitem(runs.train.TINY, "lr", 1.0)             # the dense parent's alone
+    runs.plan.cache_clear()
+    try:
+        assert run.result() is None
+    finally:
+        runs.plan.cache_clear()
 
 
 def test_seeds_of_a_gpu_and_of_a_cpu_are_never_paired(folders):
