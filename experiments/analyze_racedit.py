@@ -2,7 +2,7 @@
 
     python -m experiments.analyze_racedit runs/racedit/last.pt     (Expert Race, Fig. 6 and Table 2)
 
-Held-out images, noised to ten times, in eval mode: as in sampling, tau decides.
+Held-out images, noised to times that fill each tenth, in eval mode: as in sampling, tau decides.
 Letters: N blocks, B images, L tokens, E experts, k experts per token on average."""
 
 import sys

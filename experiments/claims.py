@@ -463,7 +463,7 @@ def recipe(results):
     """Markdown: DiT with the recipe before this one, and with this one."""
     def cell(found, key, scale):
         values = [scale * r["samples"][key] for r in found if "samples" in r]
-        spread = f" ± {stdev(values):.3g}" if len(values) > 1 else ""
+        spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
         return f"{mean(values):.3g}{spread} ({len(values)})" if values else "-"
 
     pairs = [(f"Fashion-MNIST, {text}", earlier_results()[old],

@@ -7,9 +7,9 @@ assets/checkpoints have a line for every ten steps, so that the same steps can b
 number of steps and kind of machine may differ. But a run with other --steps lowers its learning
 rate at other times, and so is off from then on. Exit code 1: off.
 
-TOLERANCE: 8 % of the expected loss. Ten pairs of runs that differ in their seed alone (DiT-MoE, two
-widths on Fashion-MNIST and one on digits, three seeds each; the DiT of dit-digits, two seeds)
-differed in a tenth of the run by 1.9 % (root mean square) and by 7.0 % at most."""
+TOLERANCE: 10 % of the expected loss. Of 332 ordered pairs of runs in results/runs/ that differ in
+their seed alone (today's recipe), none differed by more in a tenth of the run, and 5 did by more
+than 8 %."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from common.checkpoint import read_checkpoint
 from common.cli import Parser, UserError, run_program
 from common.files import ASSETS
 
-TOLERANCE = 0.08                                        # of the expected loss
+TOLERANCE = 0.10                                        # of the expected loss
 
 
 def settings(head):
