@@ -9,7 +9,6 @@ Image i depends on (seed, i) and its class only: whether 10 or 10,000 are asked 
 are the same. experiments/sample_npz.py samples with many processes; common/official.py makes a
 checkpoint of released weights. Read next: generate(), then sample_trajectory()."""
 
-import math
 import sys
 import zipfile
 from pathlib import Path
@@ -176,7 +175,7 @@ def maps(file, model, diffusion, labels, decode, frames=6, **options):
     print(f"black {low:.2f}, white {high:.2f}")
 
 
-def decoder(name, data, device):
+def decoder(name, data, device, channels):
     """-> a function from latents to images, by a VAE of diffusers; images stay as they are. data:
     of the checkpoint, with the scale and shift of the latents that it was trained on. Where these
     are unknown (older checkpoints, latents that came already scaled), the VAE's own are taken."""
@@ -184,7 +183,7 @@ def decoder(name, data, device):
         return lambda x: x
     if not data.get("latent"):
         raise UserError("--vae: this checkpoint makes images, not latents")
-    vae = load_vae(name, device)
+    vae = load_vae(name, device, channels)
     known = data.get("scale") is not None
     scale, shift = (data["scale"], data.get("shift") or 0.0) if known else vae_scale(vae)
 
@@ -220,7 +219,7 @@ def main(argv):
     tune_device(device)
     model, diffusion, checkpoint = load_sampler(args.checkpoint, args, device)
     labels, options, notes = sampling_options(args, model, checkpoint)
-    decode = decoder(args.vae, checkpoint["data"], device)
+    decode = decoder(args.vae, checkpoint["data"], device, model.cfg.channels)
     if notes:
         print(*notes, sep="\n")
     some = labels[: min(6, args.n)]
@@ -229,15 +228,16 @@ def main(argv):
     if args.film:
         film(args.out.with_name("film.png"), model, diffusion, some, decode, **options)
 
+    labels = labels if args.npz else labels[:400]       # a grid shows no more
     images = []
-    for first in range(0, len(labels if args.npz else labels[:400]), args.batch):
+    for first in range(0, len(labels), args.batch):
         part = labels[first : first + args.batch]
         with torch.no_grad():
             *_, (_, x, _) = sample_trajectory(model, diffusion, part, first, **options)
             images.append(to_uint8(decode(x.cpu()).clamp(-1, 1)))
         if sys.stderr.isatty():
-            print(f"\r{first + len(part)} of {args.n}", end="", file=sys.stderr, flush=True)
-    grid = np.concatenate(images[: math.ceil(400 / args.batch)])[:400]
+            print(f"\r{first + len(part)} of {len(labels)}", end="", file=sys.stderr, flush=True)
+    grid = np.concatenate(images[: 400 // args.batch + 1])[:400]
     write_grid(args.out, grid, columns=min(10, args.n))
     print(f"{args.out}: {len(grid)} images of {checkpoint['data']['source']} by "
           f"{checkpoint['name']}{show_classes(labels, class_names(model, checkpoint))}")

@@ -69,7 +69,7 @@ def main(argv):
                               pin=on_gpu)
 
     # The next batches are read while this one trains. If reading fails, `save` saves first.
-    save = functools.partial(save_and_show, run, fetch, progress, ok=True, halt=True)
+    save = functools.partial(save_and_show, run, fetch, ok=True, halt=True)
     steps = range(run.start, args.steps)
     for step, batches in read_ahead(fetch, steps, run.world_size, save, 4 if on_gpu else 1):
         losses, stats = defaultdict(float), defaultdict(float)
@@ -104,7 +104,7 @@ def main(argv):
         progress.step(run.done, losses, grad_norm, ok)
         if skipped == MAX_SKIPPED:
             raise diverged(run, f"the loss or gradient was not finite in {skipped} steps in a row")
-        save_and_show(run, fetch, progress, ok, halt)
+        save_and_show(run, fetch, ok, halt)
         if halt:
             break
     return progress.end(halt)
@@ -244,7 +244,7 @@ def recalibrate_buffers(run, fetch, batches=16):
 # ------------------------------------------------------------------------ saving
 
 
-def save_and_show(run, fetch, progress, ok, halt):
+def save_and_show(run, fetch, ok, halt):
     """After a step: save a checkpoint and write a grid of samples when it is time to.
 
     A save that is due after a skipped step waits for the next good one."""
@@ -378,7 +378,7 @@ def parse_args(argv):
     add("--save-every", type=count)
     add("--log-every", type=count)
     add("--sample-every", type=natural, help="0: never")
-    add("--device", help="cuda (default where there is one), cpu or mps (untried)")
+    add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--dry-run", action="store_true", help="count parameters and GMACs, then exit")
     args = p.parse_args(argv)
     if args.tiny == bool(args.size):

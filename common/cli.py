@@ -43,6 +43,8 @@ def number(kind, low, high=math.inf):
 
 def run_program(name, main, argv):
     """main(argv), with errors turned into one line on stderr -> the exit code of the process."""
+    if hasattr(sys.stdout, "reconfigure"):      # a terminal may lack the letters of a class's name
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main(argv) or 0
     except (ValueError, OSError) as error:      # a UserError is a ValueError

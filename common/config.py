@@ -22,8 +22,7 @@ def make_diffusion(args, before):
     was = before["path"] if before else {"kind": "rf", "options": {}}
     kind = args.path or was["kind"]
     if before and kind != was["kind"]:
-        raise UserError(f"--path {kind}, but {args.init or args.out / 'last.pt'} was trained with "
-                        f"{was['kind']}")
+        raise UserError(f"--path {kind}, but the checkpoint was trained with {was['kind']}")
     ddpm = ("schedule", "weighting", "gamma", "clusters", "predict")
     given = {k: vars(args)[k] for k in ("times", *ddpm) if vars(args)[k] is not None}
     for k in given:

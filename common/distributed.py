@@ -1,7 +1,7 @@
 """Devices and processes: the process group, DDP and FSDP2, bf16, the stop signal.
 
 torchrun starts one process per GPU and tells each its RANK. Without torchrun a program is process 0
-of 1, and everything here does nothing."""
+of 1, and what is meant for several does nothing."""
 
 import ctypes
 import os
@@ -21,11 +21,11 @@ from common.cli import UserError
 
 
 def select_device(name=None):
-    """The device of this name, else cuda if the machine has it, else cpu. A Mac's GPU, mps, was
-    never tried: it has to be asked for."""
-    wanted = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    """cuda, mps or cpu: the name that was asked for, else the first that this machine has."""
+    device = name or ("cuda" if torch.cuda.is_available() else
+                      "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(wanted)
+        device = torch.device(device)
         if device.type == "cuda" and "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
@@ -34,8 +34,8 @@ def select_device(name=None):
         # deterministic; this leaves the flash and the memory-efficient kernels.
         torch.backends.cuda.enable_cudnn_sdp(False)
         return device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"--device {name}: not available on this machine") from None
+    except (RuntimeError, AssertionError, ImportError):
+        raise UserError(f"--device {device}: not available on this machine") from None
 
 
 def init_distributed(name=None):

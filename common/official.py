@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from common.checkpoint import (
-    FORMAT, check_config, load_model, load_untrusted, reason, write_checkpoint)
+    FORMAT, check_config, is_plain, load_model, load_untrusted, reason, write_checkpoint)
 from common.cli import Parser, UserError, run_program
 from common.config import parse_setting
 from diffusion import DIFFUSIONS
@@ -59,14 +59,16 @@ def from_official(name, state, **settings):
         check_config(name, asdict(cfg))
         with torch.device("meta"):                      # allocates nothing
             shapes = {key: tuple(w.shape) for key, w in module.Model(cfg).state_dict().items()}
-        found = {key: tuple(w.shape) for key, w in state.items()}
+        found = {key: tuple(w.shape) if is_plain(w) else "no plain tensor"
+                 for key, w in state.items()}
         for key in [*shapes, *found]:
             if found.get(key) != shapes.get(key):
                 raise ValueError(f"{key} is {found.get(key, 'missing')}, such a model has "
                                  f"{shapes.get(key, 'none')}")
     except UserError:
         raise
-    except (LookupError, RuntimeError, AttributeError, TypeError, ValueError) as error:
+    except (LookupError, RuntimeError, AttributeError, TypeError, ValueError,
+            ZeroDivisionError) as error:
         why = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise UserError(f"not a released {name} checkpoint: {why[:200]}") from None
     model = module.Model(cfg)

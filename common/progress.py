@@ -35,9 +35,8 @@ class Progress:
                  f"{'bf16' if run.bf16 else 'float32'}")
 
     def say(self, text, end="\n"):
-        if self.run.rank == 0:                          # names of folders may be unprintable
-            encoding = sys.stdout.encoding or "utf-8"
-            print(text.encode(encoding, "backslashreplace").decode(encoding), end=end, flush=True)
+        if self.run.rank == 0:
+            print(text, end=end, flush=True)
 
     def cut(self):
         """After --resume: drop the lines of steps that the checkpoint has not seen."""

@@ -32,7 +32,7 @@ def add_sampling_options(p):
     p.add_argument("--batch", type=count, default=64)
     p.add_argument("--npz", type=Path, help="also this file: arr_0 uint8 RGB, arr_1 labels")
     p.add_argument("--vae", help="decoder of latents, such as stabilityai/sd-vae-ft-ema")
-    p.add_argument("--device", help="cuda (default where there is one), cpu or mps (untried)")
+    p.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
     add_model_options(p)
 
 
@@ -107,7 +107,7 @@ def choose_clip(args, model, checkpoint):
 def class_names(model, checkpoint):
     """-> the name of each class; "0", "1", ... where the checkpoint names none."""
     classes = max(model.cfg.classes, 1)
-    names = [str(name) for name in checkpoint["data"].get("names", [])][:classes]
+    names = [str(name) for name in checkpoint["data"].get("names", [])][:model.cfg.classes]
     return names + [str(i) for i in range(len(names), classes)]
 
 

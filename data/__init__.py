@@ -32,6 +32,7 @@ we multiply by one number (0.18215), as DiT does. statistics() warns if it does 
 import functools
 import hashlib
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -160,7 +161,7 @@ def load(source="digits", split="train", latent_kind=None, size=None, hold_out=N
         raise UserError(f"unknown latent kind {latent_kind!r}; known: {', '.join(LATENT_KINDS)}")
     if hold_out is not None and not 0 <= hold_out < 1:
         raise UserError(f"--hold-out {hold_out} is not a share from 0 to below 1")
-    root = Path(source).expanduser()
+    root = Path(os.path.expanduser(source))                 # Path's own fails for an unknown ~name
     if source == "digits":
         data = Dataset(source, **digits.load_digits(split))
     elif source in idx.SETS:
@@ -175,6 +176,8 @@ def load(source="digits", split="train", latent_kind=None, size=None, hold_out=N
     if size not in (None, data.size):
         raise UserError(f"{source}: is {data.size}x{data.size}; --image-size is for folders "
                         "of images")
+    if latent_kind and not data.latent:
+        raise UserError(f"{source}: holds images; --latent-kind is for folders of latents")
     if hold_out and data.hold_out is None:
         raise UserError(f"{source}: has its own test split; --hold-out is for folders without one")
     data.latent_kind = latent_kind

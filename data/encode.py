@@ -39,10 +39,10 @@ def autoencoder_class():
     return AutoencoderKL
 
 
-def load_vae(name, device="cpu"):
+def load_vae(name, device="cpu", channels=None):
     """An AutoencoderKL: vae.encode(x).latent_dist.mean and .std, vae.decode(z).sample,
-    vae.config.scaling_factor and .shift_factor. name: a folder or a Hugging Face model. Raises
-    UserError."""
+    vae.config.scaling_factor and .shift_factor. name: a folder or a Hugging Face model.
+    channels: of the latents that it must decode. Raises UserError."""
     AutoencoderKL = autoencoder_class()
     if str(name).startswith((".", "/", "~")) and not Path(name).exists():
         raise UserError(f"{name}: no such folder")
@@ -50,6 +50,9 @@ def load_vae(name, device="cpu"):
         vae = AutoencoderKL.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"{name}: no VAE could be loaded ({str(error).splitlines()[0]})") from None
+    if channels not in (None, vae.config.latent_channels):
+        raise UserError(f"{name}: its latents have {vae.config.latent_channels} channels, those of "
+                        f"this checkpoint {channels}")
     return vae.to(device).eval().requires_grad_(False)
 
 
@@ -122,7 +125,8 @@ def encode(images, out, vae, vae_name, size=256, batch=16, device="cpu", rank=0,
 
     The progress file counts what is safely on the disk and never runs ahead of it, so a restart
     repeats at most `save_every` seconds of work and overwrites it in place."""
-    images, out, vae = Path(images).expanduser(), Path(out).expanduser(), vae.to(device)
+    vae = vae.to(device)
+    images, out = (Path(os.path.expanduser(p)) for p in (images, out))
     if not images.is_dir():
         raise UserError(f"{images}: no such folder")
     listing, labels, names, note = list_images(images, images)

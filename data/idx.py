@@ -62,7 +62,8 @@ def find_folders(root):
 def find_set(name):
     """The folder of a named set on this machine. The set is downloaded when it is not there."""
     about = SETS[name]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dit-papers" / name
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / (
+        "dit-papers") / name
     places = [Path("data") / about["folder"] / "raw", Path(about["folder"]) / "raw",
               Path("/usr/share/datasets") / name, cache]        # Debian: dataset-fashion-mnist
     for place in places:

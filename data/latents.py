@@ -128,7 +128,9 @@ def load_native(main, part, kind):
     if not (isinstance(names, list) and all(isinstance(name, str) for name in names)
             and type(classes) is int and 0 <= classes <= MAX_CLASSES):
         raise UserError(f"{meta_file}: classes must be a number, names a list of words")
-    names = names or [str(i) for i in range(classes)]           # none: Dataset makes them
+    names = names or [str(i) for i in range(classes)]
+    if not names and part != main:
+        names = load_native(main, main, kind)["names"]
     labels = check_labels(labels_file, read_array(labels_file), len(names))
     if len(labels) != len(array):
         raise UserError(f"{labels_file}: {len(labels)} labels for {len(array)} latents")
@@ -140,8 +142,9 @@ def load_native(main, part, kind):
         array = array[rows, np.array(mirrored, int)] if array.ndim == 5 else array[rows]
         return to_moments(latents_file, array, kind)                            # (n, M, C, S, S)
 
-    return dict(labels=labels, names=names, read=read, scale=float(scale), shift=float(shift),
-                scaled=kind == "samples" and scale == 1, flips=flips, kind=kind)
+    return dict(labels=labels, names=number_classes(labels_file, labels, names), read=read,
+                scale=float(scale), shift=float(shift), scaled=kind == "samples" and scale == 1,
+                flips=flips, kind=kind)
 
 
 def load_fast_dit(main, part, kind):

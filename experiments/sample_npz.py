@@ -78,7 +78,7 @@ def main(argv):
 
     def prepare():
         model, diffusion, checkpoint = load_sampler(args.checkpoint, args, device)
-        decode = decoder(args.vae, checkpoint["data"], device)
+        decode = decoder(args.vae, checkpoint["data"], device, model.cfg.channels)
         labels, options, notes = sampling_options(args, model, checkpoint)
         if notes and rank == 0:
             print(*notes, sep="\n")

@@ -424,7 +424,7 @@ def sample_latents(tmp_path, vae, model="racedit"):
 def test_images_become_latents_a_model_samples_them_and_they_become_images(tmp_path, monkeypatch):
     images = write_images(tmp_path / "in", 24, 32)
     encode.encode(images, tmp_path / "latents", VAE(), "any", size=32)
-    monkeypatch.setattr(sample, "load_vae", lambda name, device: VAE())
+    monkeypatch.setattr(sample, "load_vae", lambda *_: VAE())
     said = sample_latents(tmp_path, "any")
     assert "channels: mean -0." in said and "warning" in said       # grey images: std far from 1
     model, diffusion, _ = load_model(tmp_path / "out/last.pt")
@@ -437,7 +437,7 @@ def grey_there_and_back(tmp_path, monkeypatch, about=None, rewrite=lambda conten
     on by the checkpoint's own knowledge -> the grey levels. about: changes of meta.json."""
     vae = VAE()
     vae.config = SimpleNamespace(**factors)
-    monkeypatch.setattr(sample, "load_vae", lambda name, device: vae)
+    monkeypatch.setattr(sample, "load_vae", lambda *_: vae)
     for i in range(24):
         (tmp_path / "in" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         grey = np.full((32, 32, 3), (64, 192)[i % 2], np.uint8)
@@ -451,7 +451,7 @@ def grey_there_and_back(tmp_path, monkeypatch, about=None, rewrite=lambda conten
     rewrite(content)
     data = load(tmp_path / "latents")
     x, y = data.batch([*range(len(data))])
-    decode = sample.decoder("any", content["data"], torch.device("cpu"))
+    decode = sample.decoder("any", content["data"], torch.device("cpu"), 4)
     images = to_uint8(decode(x))
     return [int(images[y == label].mean().round()) for label in (0, 1)], x, json.loads(
         meta.read_text())
@@ -491,8 +491,8 @@ def test_latents_that_came_already_scaled_are_decoded_with_the_scale_of_the_vae(
     run_cli(train, *smallest_run(tmp_path / "out", "--set", "patch=2", "--data", tmp_path,
                                  "--steps", 1))
     content = read_checkpoint(tmp_path / "out/last.pt")
-    monkeypatch.setattr(sample, "load_vae", lambda name, device: VAE())     # scale 0.5, doubles
-    decode = sample.decoder("any", content["data"], torch.device("cpu"))
+    monkeypatch.setattr(sample, "load_vae", lambda *_: VAE())     # scale 0.5, doubles
+    decode = sample.decoder("any", content["data"], torch.device("cpu"), 4)
     assert content["data"]["scale"] is None and \
         decode(torch.full((1, 4, 4, 4), 0.25)).unique() == 0.25
 

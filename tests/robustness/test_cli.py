@@ -102,7 +102,7 @@ def offline(url, timeout):
     raise OSError("no network")
 
 
-def load_vae(name, device="cpu"):
+def load_vae(name, device="cpu", channels=None):
     if not name.isascii() or len(name) > 20:
         raise UserError(f"{name}: no VAE could be loaded")
     return VAE()
