@@ -551,6 +551,12 @@ def test_every_latent_layout_gives_the_scaled_mean_and_the_right_label(tmp_path,
             assert np.allclose(latent, MEAN[i] * scale, atol=1e-2) and label == LABELS[i]
 
 
+def test_the_held_out_part_of_native_latents_has_the_classes_of_train(tmp_path):
+    write_native(tmp_path / "train", classes=0)                         # labels 0, 1 and 2
+    write_native(tmp_path / "test", labels=LABELS % 2, classes=0)       # 0 and 1 only
+    assert load(tmp_path, "train").names == load(tmp_path, "test").names == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize("layout", ["native", "edm2", "mar"])
 def test_moments_are_sampled_anew_in_training(tmp_path, layout):
     write, scale = WRITE[layout]

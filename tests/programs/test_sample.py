@@ -421,6 +421,15 @@ def sample_latents(tmp_path, vae, model="racedit"):
     return said
 
 
+def test_a_vae_with_other_latents_is_refused_before_sampling(monkeypatch):
+    vae = VAE()
+    vae.config = SimpleNamespace(latent_channels=16)            # Stable Diffusion 3's
+    vae.from_pretrained = lambda name: vae
+    monkeypatch.setattr(encode, "autoencoder_class", lambda: vae)
+    with pytest.raises(UserError, match="16 channels, those of this checkpoint 4"):
+        sample.decoder("any", dict(latent=True), "cpu", 4)
+
+
 def test_images_become_latents_a_model_samples_them_and_they_become_images(tmp_path, monkeypatch):
     images = write_images(tmp_path / "in", 24, 32)
     encode.encode(images, tmp_path / "latents", VAE(), "any", size=32)
