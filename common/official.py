@@ -59,7 +59,8 @@ def from_official(name, state, **settings):
         check_config(name, asdict(cfg))
         with torch.device("meta"):                      # allocates nothing
             shapes = {key: tuple(w.shape) for key, w in module.Model(cfg).state_dict().items()}
-        found = {key: tuple(w.shape) if is_plain(w) else "no plain tensor"
+        device = torch.get_default_device().type
+        found = {key: tuple(w.shape) if is_plain(w, device) else "no plain tensor"
                  for key, w in state.items()}
         for key in [*shapes, *found]:
             if found.get(key) != shapes.get(key):

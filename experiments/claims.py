@@ -391,8 +391,8 @@ def ledger(results):
          c.differences(results.get(c.id, {})),
          c.verdict(earlier_results(), c.earlier) if c.earlier else "-") for c in CLAIMS])
     waiting = [c.id for c in CLAIMS if c.verdict(results.get(c.id, {})) == "not run yet"]
-    lines = [*verdicts, "", f"Not run yet: {', '.join(waiting) or 'none'}. Each of these needs 40 to "
-             "180 minutes", "of a core, because small effects need many seeds; a GPU does it sooner "
+    lines = [*verdicts, "", f"Not run yet: {', '.join(waiting) or 'none'}. Each of these needs 40",
+             "to 180 minutes of a core, because small effects need many seeds; a GPU is faster",
              "(`--device cuda --jobs 12`).", "", "Not testable here:", ""]
     lines += [f"- {c.id}: {c.why}." for c in CLAIMS if c.kind == "N"]
     lines += ["", "Contrasts, paired by seed: the mean difference and its 95 % interval, whose",
