@@ -309,7 +309,8 @@ def title(contrast):
 def interval(found, unit):
     """Mean and half width, rounded to two digits of the half width."""
     digits = max(0, 1 - math.floor(math.log10(found.half))) if found.half else 2
-    return f"{found.mean:+.{digits}f} ± {found.half:.{digits}f} {unit}".strip()
+    rounded = round(found.mean, digits) + 0.0           # -0.0 + 0.0 is 0.0
+    return f"{rounded:+.{digits}f} ± {found.half:.{digits}f} {unit}".strip()
 
 
 def size(value, unit):
