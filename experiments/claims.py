@@ -392,8 +392,8 @@ def ledger(results):
          c.verdict(earlier_results(), c.earlier) if c.earlier else "-") for c in CLAIMS])
     waiting = [c.id for c in CLAIMS if c.verdict(results.get(c.id, {})) == "not run yet"]
     lines = [*verdicts, "", f"Not run yet: {', '.join(waiting) or 'none'}. Each of these needs 40",
-             "to 180 minutes of a core, because small effects need many seeds; a GPU is faster",
-             "(`--device cuda --jobs 12`).", "", "Not testable here:", ""]
+             "to 180 minutes of a core, because small effects need many seeds; they can run",
+             "on a GPU (`--device cuda --jobs 12`).", "", "Not testable here:", ""]
     lines += [f"- {c.id}: {c.why}." for c in CLAIMS if c.kind == "N"]
     lines += ["", "Contrasts, paired by seed: the mean difference and its 95 % interval, whose",
               "half width is the smallest difference that could be seen. work: activated GMAC of",

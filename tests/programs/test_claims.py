@@ -163,6 +163,13 @@ def test_a_verdict_says_yes_no_mixed_unseen_and_how_many_seeds():
     assert BY_ID["R10"].verdict({}) == "not testable here"
 
 
+def test_means_are_rounded_to_two_digits_of_the_half_width():
+    def text(mean, half):
+        return contrasts.interval(contrasts.Found("yes", 3, mean, half), "%")
+    assert text(4.944, 0.687) == "+4.94 ± 0.69 %" and text(-0.4, 11.2) == "+0 ± 11 %"
+    assert text(2.96e-5, 1.3e-5) == "+0.000030 ± 0.000013 %" and text(0.0, 0.0) == "+0.00 ± 0.00 %"
+
+
 def test_steps_to_the_rivals_final_loss():
     rival = dict(log=[[s, 10.0 - s / 100] for s in range(100, 1001, 100)])
     twice = dict(log=[[s, 10.0 - s / 50] for s in range(100, 1001, 100)])
